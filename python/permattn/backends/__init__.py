@@ -1,0 +1,65 @@
+"""Backends compete: each says why it cannot run a problem; nobody falls back behind the caller's back.
+
+A backend is a module in this folder with `NAME`, `why_not`, `forward` and `backward`. Modules import
+nothing heavy at the top: kernels are imported inside functions.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from permattn.backends import cpu, reference, triton
+from permattn.core.problem import BwdArgs, FwdArgs, Problem
+
+
+class Backend(Protocol):
+    """What every module of this folder offers."""
+
+    NAME: str
+
+    @staticmethod
+    def why_not(problem: Problem) -> str | None:
+        """None when the problem can be run; else one line that says what stands in the way."""
+
+    @staticmethod
+    def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:
+        """out [B, Hq, Sq, Dv] in q's dtype (see `ops.empty_out`) and lse float32 [B, Hq, Sq]."""
+
+    @staticmethod
+    def backward(args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv in the shapes and dtypes of q, k, v."""
+
+
+BACKENDS: dict[str, Backend] = {m.NAME: m for m in (triton, cpu, reference)}  # type: ignore[dict-item]
+AUTO_ORDER: tuple[str, ...] = ("triton", "cpu", "reference")
+
+
+def reasons(problem: Problem) -> dict[str, str | None]:
+    """Why each backend cannot run the problem; None where it can."""
+    return {name: BACKENDS[name].why_not(problem) for name in AUTO_ORDER}
+
+
+def resolve(problem: Problem, backend: str) -> str:
+    """The backend that will run.
+
+    Args:
+        backend: a name, which never falls back, or "auto": the first of AUTO_ORDER that can.
+
+    Raises:
+        ValueError: no backend of that name.
+        NotImplementedError: the named one, or none at all, can run it; lists every reason.
+    """
+    if backend == "auto":
+        for name in AUTO_ORDER:
+            if BACKENDS[name].why_not(problem) is None:
+                return name
+        listed = "; ".join(f"{name}: {why}" for name, why in reasons(problem).items())
+        raise NotImplementedError(f"no backend can run this problem. {listed}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: wants one of {['auto', *AUTO_ORDER]}, got {backend!r}")
+    why = BACKENDS[backend].why_not(problem)
+    if why is not None:
+        raise NotImplementedError(f"backend {backend!r} cannot run this problem: {why}")
+    return backend

@@ -1,0 +1,74 @@
+"""What a backend is asked: a description to accept or refuse, and the arguments of one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from permattn.core.plan import AttnPlan
+from permattn.core.quant import QuantSpec
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The static facts on which a backend decides whether it can run a call.
+
+    Sizes that change from call to call (B, Sq, Skv) are left out on purpose: a decision must not
+    make torch.compile specialise on them.
+    """
+
+    device_type: str
+    dtype: torch.dtype
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    blocks: tuple[tuple[int, int], ...]
+    quant: QuantSpec = QuantSpec()
+    needs_grad: bool = False
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, plan: AttnPlan, *, needs_grad: bool) -> Problem:
+        return cls(
+            device_type=q.device.type,
+            dtype=q.dtype,
+            num_q_heads=q.shape[1],
+            num_kv_heads=k.shape[1],
+            head_dim=q.shape[3],
+            head_dim_v=v.shape[3],
+            blocks=tuple((p.index.block_q, p.index.block_kv) for p in plan.parts),
+            quant=plan.quant,
+            needs_grad=needs_grad,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FwdArgs:
+    """q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv], any strides, last one 1."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: AttnPlan
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class BwdArgs:
+    """The forward's arguments and results, and the gradients of both results.
+
+    out, dout [B, Hq, Sq, Dv]; lse, dlse float32 [B, Hq, Sq] (natural log). dlse is zero where lse
+    is -inf, so that `exp(s - lse)` never meets an infinity.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    dout: Tensor
+    dlse: Tensor
+    plan: AttnPlan
+    scale: float

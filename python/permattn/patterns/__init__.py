@@ -1,0 +1,1 @@
+"""Patterns decide: one system, one file (or folder); each returns an AttnPlan."""
