@@ -18,7 +18,6 @@ from permattn.core import (
     TokenGrid,
 )
 
-
 __all__ = [
     "AttnPart",
     "AttnPlan",

@@ -213,7 +213,9 @@ class BlockIndex:
                 f"BlockIndex.kv_indices: values must lie in [0, {num_kv_blocks}), "
                 f"got {int(kv[bad][0])}"
             )
-        key = torch.where(used, row * num_kv_blocks + kv, -1 - torch.arange(self.capacity, device=kv.device))
+        key = torch.where(
+            used, row * num_kv_blocks + kv, -1 - torch.arange(self.capacity, device=kv.device)
+        )
         ordered = key.sort(dim=-1).values
         if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
             raise ValueError("BlockIndex.kv_indices: a row lists the same key block twice")

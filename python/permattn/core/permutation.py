@@ -102,9 +102,13 @@ class Permutation:
         if not torch.equal(derived.slot_of_token, self.slot_of_token):
             raise ValueError("Permutation.slot_of_token is not the inverse of token_of_slot")
         if self.is_identity:
-            want = torch.arange(self.num_tokens, dtype=torch.int32, device=self.token_of_slot.device)
+            want = torch.arange(
+                self.num_tokens, dtype=torch.int32, device=self.token_of_slot.device
+            )
             if self.num_slots != self.num_tokens or not (self.token_of_slot == want).all():
-                raise ValueError("Permutation.is_identity is set, but token_of_slot is not 0, 1, 2, ...")
+                raise ValueError(
+                    "Permutation.is_identity is set, but token_of_slot is not 0, 1, 2, ..."
+                )
 
 
 def check_tokens(token_of_slot: Tensor, num_tokens: int) -> None:

@@ -254,7 +254,9 @@ def _unflatten(leaves, context) -> AttnPlan:
     for i, is_identity in enumerate(identities):
         perm = object.__new__(Permutation)
         values = (leaves[base + 2 * i], leaves[base + 2 * i + 1], is_identity)
-        for name, value in zip(("token_of_slot", "slot_of_token", "is_identity"), values, strict=True):
+        for name, value in zip(
+            ("token_of_slot", "slot_of_token", "is_identity"), values, strict=True
+        ):
             object.__setattr__(perm, name, value)
         perms.append(perm)
     made = []

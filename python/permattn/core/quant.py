@@ -27,7 +27,9 @@ class QuantSpec:
         if self.qk not in ("none", "int8", "int4"):
             raise ValueError(f"QuantSpec.qk: wants 'none', 'int8' or 'int4', got {self.qk!r}")
         if self.pv not in ("none", "fp8", "int8", "int4"):
-            raise ValueError(f"QuantSpec.pv: wants 'none', 'fp8', 'int8' or 'int4', got {self.pv!r}")
+            raise ValueError(
+                f"QuantSpec.pv: wants 'none', 'fp8', 'int8' or 'int4', got {self.pv!r}"
+            )
 
     @property
     def is_quantised(self) -> bool:

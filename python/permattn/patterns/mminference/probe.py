@@ -1,0 +1,172 @@
+"""The online probe: where the last rows of a prompt put their attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from permattn.patterns.mminference.prompt import Prompt, VideoGrid
+
+LAST_Q = 64
+# Bytes of one chunk of probe scores: the probe never holds last_q x Skv for long prompts.
+_CHUNK_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Softmax of `rows` consecutive queries per batch row, read chunk by chunk.
+
+    Args:
+        q: [B, Hkv, G * rows, D], scaled.
+        k: [B, Hkv, Skv, D].
+        position: int64 [B, rows]: key position at which each probe row stands.
+        first_position: the same for the first row of every batch row, on the host.
+        lse: float32 [B, Hkv, G * rows].
+        prompt: sizes.
+    """
+
+    q: Tensor
+    k: Tensor
+    position: Tensor
+    first_position: tuple[int, ...]
+    lse: Tensor
+    prompt: Prompt
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[1] * self.q.shape[2] // self.position.shape[1]
+
+    def chunks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, probabilities float32 [B, Hq, rows, stop - start])."""
+        for start, stop in _chunk_bounds(self.q, self.k):
+            score = _scores(self.q, self.k, self.position, self.prompt, start, stop)
+            p = score.sub_(self.lse[..., None]).exp_()
+            yield start, stop, p.view(p.shape[0], self.heads, -1, stop - start)
+
+
+def make_probe(q: Tensor, k: Tensor, prompt: Prompt, *, visual: bool) -> Probe:
+    """Probes the last rows of every batch row.
+
+    Source: MMInference, Algorithm 1 (last_q = 64). Deviation: with `visual` the rows end at the last
+    visual query, since rows of the trailing text do not show how visual rows attend.
+
+    Args:
+        q: [B, Hq, Sq, D]; k: [B, Hkv, Skv, D].
+        visual: end at the last visual query where the prompt has one.
+    """
+    batch, heads, _, head_dim = q.shape
+    group = heads // k.shape[1]
+    ends = []
+    for i in range(batch):
+        seen = prompt.last_visual(i) if visual else None
+        ends.append(prompt.stop[i] if seen is None else seen)
+    low = [max(prompt.q_offset, first) for first in prompt.first]
+    rows = max(1, min([LAST_Q, *(end - lo for end, lo in zip(ends, low, strict=True))]))
+    begin = tuple(max(end - rows, 0) for end in ends)
+    position = torch.tensor(begin)[:, None] + torch.arange(rows)
+    position = position.to(q.device, non_blocking=True)
+    row = (position - prompt.q_offset).clamp(0, q.shape[2] - 1)
+    picked = q.gather(2, row[:, None, :, None].expand(batch, heads, rows, head_dim))
+    picked = (picked * head_dim**-0.5).reshape(batch, k.shape[1], group * rows, head_dim)
+    total = torch.full(picked.shape[:3], float("-inf"), device=q.device)
+    for start, stop in _chunk_bounds(picked, k):
+        score = _scores(picked, k, position, prompt, start, stop)
+        total = torch.logaddexp(total, score.logsumexp(-1))
+    # A probe row that sees nothing (padding) must not turn the sums into NaN.
+    total = torch.where(total == float("-inf"), 0.0, total)
+    return Probe(picked, k, position, begin, total, prompt)
+
+
+def column_mass(probe: Probe) -> Tensor:
+    """float32 [B, Hq, Skv]: share of the probe's mass that each key gets; sums to 1."""
+    mass = torch.empty(probe.q.shape[0], probe.heads, probe.prompt.num_kv, device=probe.q.device)
+    for start, stop, p in probe.chunks():
+        torch.mean(p, dim=2, out=mass[..., start:stop])
+    return mass
+
+
+def diagonal_mass(probe: Probe) -> Tensor:
+    """float32 [B, Hq, Skv]: share of the probe's mass at every lag (row position - key position)."""
+    rows = probe.position.shape[1]
+    batch, heads, num_kv = probe.q.shape[0], probe.heads, probe.prompt.num_kv
+    skew = torch.zeros(batch, heads, num_kv + rows, device=probe.q.device)
+    for start, stop, p in probe.chunks():
+        n = stop - start
+        # Row r of the flipped matrix, shifted right by r: a flat reshape with one column less.
+        flat = torch.nn.functional.pad(p.flip(2), (0, rows)).flatten(2)
+        flat = flat[..., : rows * (n + rows - 1)].view(batch, heads, rows, n + rows - 1)
+        skew[..., start : start + n + rows - 1] += flat.sum(2)
+    # Column c of the skew collects key c - (rows - 1 - r) of row r: the lag is last position - c.
+    lag = torch.arange(num_kv, device=probe.q.device)
+    place = probe.position[:, -1:] - lag
+    inside = place >= 0
+    place = place.clamp_min(0)[:, None].expand(batch, heads, num_kv)
+    return torch.where(inside[:, None], skew.gather(-1, place), 0.0) / rows
+
+
+def phase_mass(
+    probe: Probe, batch_row: int, grid: VideoGrid, strides: tuple[int, ...], before: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Mass on every vertical and every slash line of each stride, over the keys before a position.
+
+    Args:
+        strides: candidate strides in visual tokens.
+        before: keys at or past this position are left out (the local window finds those anyway).
+
+    Returns: per stride (vertical [Hq, stride], slash [Hq, stride]): vertical[p] sums keys of rank p
+        modulo the stride; slash[c] sums pairs whose rank difference is c modulo the stride, over the
+        probe rows that stand in the grid.
+    """
+    heads, rows = probe.heads, probe.position.shape[1]
+    device = probe.q.device
+    sums = [torch.zeros(heads, rows, s, device=device) for s in strides]
+    tokens = grid.host_tokens[: int(torch.searchsorted(grid.host_tokens, max(before, 0)))]
+    for start, stop, p in probe.chunks():
+        lo, hi = (int(torch.searchsorted(tokens, x)) for x in (start, stop))
+        if lo >= hi:
+            continue
+        first, last = int(tokens[lo]), int(tokens[hi - 1])
+        if last - first == hi - lo - 1:
+            part = p[batch_row, :, :, first - start : last - start + 1]
+        else:
+            index = (tokens[lo:hi] - start).to(device, non_blocking=True)
+            part = p[batch_row].index_select(-1, index)
+        for total, stride in zip(sums, strides, strict=True):
+            padded = torch.nn.functional.pad(part, (lo % stride, -hi % stride))
+            total += padded.unflatten(-1, (-1, stride)).sum(-2)
+    # Rank of the probe rows inside the grid; rows outside (timestamps) take no part in slash lines.
+    position = probe.first_position[batch_row] + torch.arange(rows)
+    known = torch.searchsorted(grid.host_tokens, position).clamp_max(grid.num_tokens - 1)
+    inside = (grid.host_tokens[known] == position).float()
+    weight = (inside / inside.sum().clamp_min(1.0)).to(device, non_blocking=True)
+    known = known.to(device, non_blocking=True)
+    found = []
+    for total, stride in zip(sums, strides, strict=True):
+        phase = (known[:, None] - torch.arange(stride, device=device)) % stride
+        slash = total.gather(-1, phase.expand(heads, -1, -1))
+        found.append((total.mean(1), (slash * weight[:, None]).sum(1)))
+    return found
+
+
+def _chunk_bounds(q: Tensor, k: Tensor) -> list[tuple[int, int]]:
+    num_kv = k.shape[2]
+    per_key = 4 * q.shape[0] * q.shape[1] * q.shape[2]
+    size = max(1024, _CHUNK_BYTES // max(per_key, 1))
+    return [(i, min(i + size, num_kv)) for i in range(0, num_kv, size)]
+
+
+def _scores(
+    q: Tensor, k: Tensor, position: Tensor, prompt: Prompt, start: int, stop: int
+) -> Tensor:
+    """float32 [B, Hkv, G * rows, stop - start], -inf where causality or padding hides the key."""
+    score = (q @ k[:, :, start:stop].mT).float()
+    key = torch.arange(start, stop, device=q.device)
+    first = torch.tensor(prompt.first).to(q.device, non_blocking=True)
+    hidden = (key > position[..., None]) | (key < first[:, None, None])
+    # [B, rows, n] against rows that repeat for every query head of a group.
+    view = score.unflatten(2, (-1, position.shape[1]))
+    view.masked_fill_(hidden[:, None, None], float("-inf"))
+    return score
