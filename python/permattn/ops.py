@@ -5,11 +5,14 @@ A plan becomes a flat list of tensors and integers here, and only here.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from permattn.backends import BACKENDS
 from permattn.core.block_index import BlockIndex
@@ -166,16 +169,54 @@ def _block_pairs(plan_tensors: Sequence[Tensor], plan_ints: Sequence[int], heads
     return total
 
 
-@register_flop_formula(torch.ops.permattn.sparse_attention, get_raw=True)
 def _forward_flops(q, k, v, plan_tensors, plan_ints, *args, out_val=None, **kwargs) -> int:
     pairs = _block_pairs(plan_tensors, plan_ints, q.shape[0] * q.shape[1])
     return 2 * pairs * (q.shape[3] + v.shape[3])
 
 
-@register_flop_formula(torch.ops.permattn.sparse_attention_backward, get_raw=True)
 def _backward_flops(
     q, k, v, out, lse, dout, dlse, plan_tensors, plan_ints, *args, out_val=None, **kwargs
 ) -> int:
     # Five products: S = QK, dP = dO V, dV = P dO, dQ = dS K, dK = dS Q.
     pairs = _block_pairs(plan_tensors, plan_ints, q.shape[0] * q.shape[1])
     return 2 * pairs * (3 * q.shape[3] + 2 * v.shape[3])
+
+
+_FLOP_COUNTER = "torch.utils.flop_counter"
+
+
+def _register_flop_formulas() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    ops = torch.ops.permattn
+    register_flop_formula(ops.sparse_attention, get_raw=True)(_forward_flops)
+    register_flop_formula(ops.sparse_attention_backward, get_raw=True)(_backward_flops)
+
+
+class _AfterFlopCounter(MetaPathFinder):
+    """Registers the formulas right after somebody imports torch's FLOP counter.
+
+    The counter imports triton, which `import permattn` must not.
+    """
+
+    def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
+        if fullname != _FLOP_COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_register(module) -> None:
+            run(module)
+            _register_flop_formulas()
+
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if _FLOP_COUNTER in sys.modules:
+    _register_flop_formulas()
+else:
+    sys.meta_path.insert(0, _AfterFlopCounter())
