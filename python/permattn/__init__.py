@@ -1,5 +1,7 @@
 """permattn: fast sparse attention for long visual prompts. See README.md and docs/."""
 
+from typing import TYPE_CHECKING, Any
+
 from permattn._version import __version__
 from permattn.api import (
     permute_tokens,
@@ -17,19 +19,52 @@ from permattn.core import (
     TokenBand,
     TokenGrid,
 )
+from permattn.patterns.dense import plan_dense
+from permattn.patterns.mminference import (
+    HeadPattern,
+    plan_a_shape,
+    plan_grid_prefill,
+    plan_prefill,
+    plan_tri_shape,
+    plan_vertical_slash,
+)
+from permattn.plan_file import load_plan, save_plan
+
+if TYPE_CHECKING:
+    from permattn.models import patch, unpatch
 
 __all__ = [
     "AttnPart",
     "AttnPlan",
     "BlockIndex",
+    "HeadPattern",
     "Permutation",
     "QuantSpec",
     "TextRun",
     "TokenBand",
     "TokenGrid",
     "__version__",
+    "load_plan",
+    "patch",
     "permute_tokens",
+    "plan_a_shape",
+    "plan_dense",
+    "plan_grid_prefill",
+    "plan_prefill",
+    "plan_tri_shape",
+    "plan_vertical_slash",
+    "save_plan",
     "scaled_dot_product_attention",
     "sparse_attention",
     "sparse_attention_with_lse",
+    "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`patch` and `unpatch` on first use: they import transformers, which costs seconds."""
+    if name in ("patch", "unpatch"):
+        from permattn import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module 'permattn' has no attribute {name!r}")

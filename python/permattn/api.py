@@ -97,8 +97,8 @@ def scaled_dot_product_attention(
         is_causal: upper-left, as in torch: query i sees keys 0..i, whatever the lengths.
         scale: None = 1 / sqrt(D).
         enable_gqa: allow Hkv < Hq (Hq % Hkv == 0).
-        pattern: None = dense; an `AttnPlan`; or a function (q, k, is_causal=...) -> AttnPlan that gets
-            4-D tensors. A plan carries its own causality, so `is_causal` must be False beside one.
+        pattern: None = dense; an `AttnPlan`; or a function (q, k, is_causal=...) -> AttnPlan that
+            gets 4-D tensors. A plan carries its own causality, so `is_causal` must be False beside one.
         backend: see `sparse_attention`.
 
     Returns: [..., Hq, Sq, Dv].
@@ -121,7 +121,8 @@ def scaled_dot_product_attention(
         )
     if min(query.dim(), key.dim(), value.dim()) < 2:
         raise ValueError(
-            f"query, key, value: want at least 2 axes, got {query.dim()}, {key.dim()}, {value.dim()}"
+            "query, key, value: want at least 2 axes, got "
+            f"{query.dim()}, {key.dim()}, {value.dim()}"
         )
     q, k, v, leading = _to_four_axes(query, key, value, enable_gqa)
     if isinstance(pattern, AttnPlan):

@@ -39,7 +39,7 @@ def empty_out(q: Tensor, v: Tensor) -> Tensor:
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:
-    """float32, but float64 for float64 inputs, so that gradients can be checked to the last bits."""
+    """float32, but float64 for float64 inputs, so that gradients can be checked closely."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 

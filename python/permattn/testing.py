@@ -44,7 +44,7 @@ def visible_pairs(plan: AttnPlan, batch: int, heads: int) -> Tensor:
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Dense masked attention in the dtype of q: (out, lse); differentiable; empty rows give 0, -inf.
+    """Dense masked attention in q's dtype: (out, lse); differentiable; empty rows give 0, -inf.
 
     Args: q [B, Hq, Sq, D], k, v [B, Hkv, Skv, D], visible bool broadcastable to [B, Hq, Sq, Skv].
     """
@@ -72,7 +72,7 @@ class Error:
 
 
 def float64_bound(ours: Tensor, plain: Tensor, exact: Tensor) -> Error:
-    """At most twice plain torch's error in the same dtype (max and mean), plus one rounding of the result.
+    """At most twice plain torch's error in the same dtype, plus a few float32 roundings.
 
     Args:
         ours: the result under test.
@@ -87,12 +87,8 @@ def float64_bound(ours: Tensor, plain: Tensor, exact: Tensor) -> Error:
     exact, ours, plain = (x.double()[finite] for x in (exact, ours, plain))
     eps = torch.finfo(torch.float32).eps
     rounding = 4 * eps * float(exact.abs().max().clamp_min(1.0))
-    worst = Error(
-        float((ours - exact).abs().max()),
-        float((plain - exact).abs().max()),
-        2 * float((plain - exact).abs().max()) + rounding,
-    )
-    return worst
+    torchs = float((plain - exact).abs().max())
+    return Error(float((ours - exact).abs().max()), torchs, 2 * torchs + rounding)
 
 
 def assert_within(ours: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
@@ -114,7 +110,7 @@ def random_permutation(
     keep: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Permutation:
-    """A random order of a random `keep` share of the tokens, with `holes` padding slots mixed in."""
+    """A random order of a random `keep` share of the tokens, `holes` padding slots mixed in."""
     rows = []
     for _ in range(batch * heads):
         order = torch.randperm(num_tokens, generator=generator)
@@ -204,7 +200,7 @@ def split_plan(
 ) -> AttnPlan:
     """Three disjoint parts in three orders: local window, permuted columns outside it, own rows.
 
-    Every tenth query is taken out of the first two parts (holes) and served by the third, compact one.
+    Every tenth query is a hole in the first two parts and served by the third, compact one.
     """
     g = torch.Generator().manual_seed(seed)
     shift = skv - sq
@@ -244,5 +240,5 @@ def split_plan(
 
 
 def poison_unseen(x: Tensor, seen: Tensor) -> Tensor:
-    """A copy of x [B, Hkv, Skv, D] with NaN in every row that `seen` (bool [B, Hkv, Skv]) leaves out."""
+    """A copy of x [B, Hkv, Skv, D], NaN in every row that `seen` (bool [B, Hkv, Skv]) leaves out."""
     return torch.where(seen[..., None], x, float("nan"))

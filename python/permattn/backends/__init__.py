@@ -19,20 +19,17 @@ class Backend(Protocol):
 
     NAME: str
 
-    @staticmethod
-    def why_not(problem: Problem) -> str | None:
+    def why_not(self, problem: Problem) -> str | None:
         """None when the problem can be run; else one line that says what stands in the way."""
 
-    @staticmethod
-    def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:
+    def forward(self, args: FwdArgs) -> tuple[Tensor, Tensor]:
         """out [B, Hq, Sq, Dv] in q's dtype (see `ops.empty_out`) and lse float32 [B, Hq, Sq]."""
 
-    @staticmethod
-    def backward(args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv in the shapes and dtypes of q, k, v."""
 
 
-BACKENDS: dict[str, Backend] = {m.NAME: m for m in (triton, cpu, reference)}  # type: ignore[dict-item]
+BACKENDS: dict[str, Backend] = {m.NAME: m for m in (triton, cpu, reference)}
 AUTO_ORDER: tuple[str, ...] = ("triton", "cpu", "reference")
 
 

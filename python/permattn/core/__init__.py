@@ -1,4 +1,4 @@
-"""Pure data: what the tokens are, how they are permuted, and which key blocks a query block sees."""
+"""Pure data: what the tokens are, how they are permuted, which key blocks a query block sees."""
 
 from permattn.core.block_index import BlockIndex
 from permattn.core.geometry import Segment, TextRun, TokenGrid, rank_of_visual_token

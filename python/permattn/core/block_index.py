@@ -13,12 +13,13 @@ class BlockIndex:
     """Key-block lists in compressed rows: an unequal row costs what it holds.
 
     Row i of batch row b and head h lists `kv_indices[b, h, row_offsets[b, h, i] : row_offsets[b, h,
-    i + 1]]`; its first `kv_num_full[b, h, i]` entries are full blocks (every query of the block sees
-    every key of it: no token rule needed), the rest are partial.
+    i + 1]]`; its first `kv_num_full[b, h, i]` entries are full blocks (every query of the block
+    sees every key of it: no token rule needed), the rest are partial.
 
     Args:
         kv_indices: int32 [Bx, Hx, capacity]. The capacity is static: a bound known before the data,
-            so that building an index never waits for the device. Entries past the last row are unread.
+            so that building an index never waits for the device. Entries past the last row are
+            unread.
         row_offsets: int32 [Bx, Hx, num_q_blocks + 1], ascending from 0.
         kv_num_full: int32 [Bx, Hx, num_q_blocks].
         block_q, block_kv: slots per block. Pattern blocks (meaning), not kernel tiles (speed).
@@ -44,7 +45,8 @@ class BlockIndex:
             )
         if self.block_q < 1 or self.block_kv < 1:
             raise ValueError(
-                f"BlockIndex: block_q and block_kv must be >= 1, got {self.block_q}, {self.block_kv}"
+                "BlockIndex: block_q and block_kv must be >= 1, got "
+                f"{self.block_q}, {self.block_kv}"
             )
 
     @property
@@ -155,7 +157,7 @@ class BlockIndex:
         row = self.entry_row()
         full = self.entry_is_full()
         used = row < self.num_q_blocks
-        # Sorting by (key block, partial) keeps query blocks ascending inside each, as sort is stable.
+        # A stable sort by (key block, partial) keeps query blocks ascending inside each.
         key = self.kv_indices.long() * 2 + (~full).long()
         key = torch.where(used, key, 2 * num_kv_blocks)
         key, order = key.sort(dim=-1, stable=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class TokenGrid:
                 f"TokenGrid: frame_starts must hold {self.frames} positions from {self.start}, "
                 f"got {len(starts)} from {starts[0] if starts else None}"
             )
-        if any(b - a < self.tokens_per_frame for a, b in zip(starts, starts[1:], strict=False)):
+        if any(b - a < self.tokens_per_frame for a, b in pairwise(starts)):
             raise ValueError("TokenGrid: frame_starts must ascend by at least one frame each")
 
     @property

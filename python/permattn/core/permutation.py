@@ -12,7 +12,8 @@ from torch import Tensor
 class Permutation:
     """A map from slots (permuted, padded order) to tokens (the caller's order) and back.
 
-    A slot whose token is -1 is a hole: nobody sees it. A token whose slot is -1 is not in this part.
+    A slot whose token is -1 is a hole: nobody sees it. A token whose slot is -1 is not in this
+    part.
 
     Args:
         token_of_slot: int32 [Bx, Hx, num_slots]; -1 = hole. Bx and Hx are 1 (broadcast) or B, H.

@@ -20,8 +20,8 @@ class TokenBand:
     A pair is visible iff both tokens exist and `min_lag <= q_token - kv_token < max_lag`.
 
     Args:
-        min_lag: 0 = causal (upper-left); Sq - Skv = causal (lower-right); w = "causal, and outside the
-            local window w". None = no lower bound.
+        min_lag: 0 = causal (upper-left); Sq - Skv = causal (lower-right); w = "causal, and outside
+            the local window w". None = no lower bound.
         max_lag: w = inside the local window w. None = no upper bound.
     """
 
@@ -140,7 +140,7 @@ class AttnPlan:
         return max(s[0] for s in shapes), max(s[1] for s in shapes)
 
     def check_values(self) -> None:
-        """Checks every permutation, list and full-block mark; raises ValueError naming the first fault."""
+        """Checks every permutation, list and full mark; raises ValueError naming the first fault."""
         for i, part in enumerate(self.parts):
             try:
                 part.q_perm.validate()

@@ -1,7 +1,7 @@
 """MMInference: grid-pattern, permuted sparse prefill of long-context vision-language models.
 
-Source: "MMInference: Accelerating Pre-filling for Long-Context VLMs via Modality-Aware Permutation Sparse
-Attention" (arXiv 2504.16083). See docs/patterns/mminference.md.
+Source: "MMInference: Accelerating Pre-filling for Long-Context VLMs via Modality-Aware Permutation
+Sparse Attention" (arXiv 2504.16083). See docs/patterns/mminference.md.
 """
 
 from permattn.patterns.mminference.config import HeadPattern

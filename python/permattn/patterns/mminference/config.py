@@ -12,8 +12,9 @@ PatternName = Literal["auto", "dense", "a_shape", "tri_shape", "vertical_slash",
 class HeadPattern:
     """The prefill pattern of one head, causal throughout.
 
-    Source: MMInference (arXiv 2504.16083), Table 4 and section 3; MInference (2407.02490), section 3.
-    Deviations: the sink takes part in every pattern; the remainder of the grid is masked, not dense.
+    Source: MMInference (arXiv 2504.16083), Table 4 and section 3; MInference (2407.02490),
+    section 3. Deviations: the sink takes part in every pattern; the remainder of the grid is
+    masked, not dense.
 
     Args:
         pattern: what the head keeps besides the local window and the sink:
@@ -27,8 +28,8 @@ class HeadPattern:
         vertical: at most that many columns (vertical_slash, auto).
         slash: at most that many diagonals (vertical_slash, auto).
         strides: candidate grid strides in visual tokens: "frame", "row" or a number.
-        h, v, s: which grid lines: rows on the phase see every key; keys on the phase are seen by every
-            row; keys a whole number of strides before (plus a phase) are seen.
+        h, v, s: which grid lines: rows on the phase see every key; keys on the phase are seen by
+            every row; keys a whole number of strides before (plus a phase) are seen.
     """
 
     pattern: PatternName = "auto"

@@ -33,7 +33,7 @@ class GridLines:
     Args:
         grid: the video.
         v_stride, v_phase: int32 [Hq]: keys of rank v_phase modulo v_stride (also the rows, for h).
-        s_stride, s_shift: int32 [Hq]: pairs whose rank difference is s_shift modulo s_stride.
+        s_stride, s_phase: int32 [Hq]: pairs whose rank difference is s_phase modulo s_stride.
         strides: all candidates, for static bounds.
     """
 
@@ -41,7 +41,7 @@ class GridLines:
     v_stride: Tensor
     v_phase: Tensor
     s_stride: Tensor
-    s_shift: Tensor
+    s_phase: Tensor
     strides: tuple[int, ...]
 
 
@@ -154,7 +154,7 @@ def _grid_lines(
             device=device,
         )
         masses = phase_mass(probe, batch_row, grid, strides, before)
-        chosen = []
+        chosen: dict[str, Tensor] = {}
         for kind, which in (("v", 0), ("s", 1)):
             best = [m[which].max(-1) for m in masses]
             value = torch.stack([b.values for b in best], -1)
@@ -166,9 +166,9 @@ def _grid_lines(
             excess, pick = score.max(-1)
             use = wants[kind] & (excess >= 0) & (forced | (excess >= MIN_GRID_EXCESS))
             stride = torch.tensor(strides, device=device)[pick]
-            chosen.append(torch.where(use, stride, 0).int())
-            chosen.append(phase.gather(-1, pick[:, None])[:, 0].int())
-        found.append(GridLines(grid, *chosen, strides))
+            chosen[f"{kind}_stride"] = torch.where(use, stride, 0).int()
+            chosen[f"{kind}_phase"] = phase.gather(-1, pick[:, None])[:, 0].int()
+        found.append(GridLines(grid, strides=strides, **chosen))
     return tuple(found)
 
 

@@ -2,10 +2,10 @@
 
 For one value of the local window w (heads are grouped by it):
 
-    window   keys with a lag in [0, w)                        token order       identity, mostly full
-    columns  kept keys with a lag >= w                        compact keys      full up to the causal edge
-    slash    kept diagonals with a lag >= w                   16-key granules   holes at columns
-    lines    same-phase pairs of a video with a lag >= w      phase-major       holes at columns
+    window   keys with a lag in [0, w)                     token order      mostly full blocks
+    columns  kept keys with a lag >= w                     compact keys     full up to the edge
+    slash    kept diagonals with a lag >= w                16-key granules  holes at columns
+    lines    same-phase pairs of a video, lag >= w         phase-major      holes at columns
 
 and, for all heads, rows: queries that see everything, compact, and holes everywhere else.
 """
@@ -189,7 +189,7 @@ def _slash_part(
     local: int,
     mine: Tensor,
 ) -> AttnPart:
-    """Diagonals are the same for every block of queries, shifted: one list of distances serves all."""
+    """Diagonals are the same for every block of queries, shifted: one list of distances."""
     device = mine.device
     q_first, _ = _block_positions(prompt)
     phase = prompt.q_offset % GRANULE
@@ -316,8 +316,8 @@ def _phase_major(
     Args:
         base: blocks before this video's.
 
-    Returns: tokens int32 [Hq, slots] (-1 = padding), starts and stops int64 [Hq, slots / LINE_BLOCK],
-        and a static bound on listed blocks.
+    Returns: tokens int32 [Hq, slots] (-1 = padding), starts and stops int64
+        [Hq, slots / LINE_BLOCK], and a static bound on listed blocks.
     """
     n = video.grid.num_tokens
     sizes = [(s, ceil_div(ceil_div(n, s), LINE_BLOCK)) for s in video.strides]
@@ -327,7 +327,7 @@ def _phase_major(
     device = mine.device
     stride = torch.where(mine, video.s_stride, 0).long()[:, None]
     safe = stride.clamp_min(1)
-    per_line = -(-(-(-n // safe)) // LINE_BLOCK)
+    per_line = (n + safe * LINE_BLOCK - 1) // (safe * LINE_BLOCK)
     slot = torch.arange(slots, device=device)
     phase, nth = slot // (per_line * LINE_BLOCK), slot % (per_line * LINE_BLOCK)
     rank = nth * stride + phase
@@ -336,7 +336,7 @@ def _phase_major(
     token = torch.where(valid, token, -1)
     block = torch.arange(slots // LINE_BLOCK, device=device)
     line, step = block // per_line, block % per_line
-    other = (line - video.s_shift.long()[:, None]) % safe
+    other = (line - video.s_phase.long()[:, None]) % safe
     start = base + other * per_line
     stop = torch.where(line < stride, start + step + 1, start)
     return token.to(torch.int32), start, stop, bound

@@ -97,7 +97,10 @@ def plan_tri_shape(
     num_kv_tokens: int | None = None,
     device: torch.device | str | None = None,
 ) -> AttnPlan:
-    """A-shape, and `last` dense rows at the end. Source: SCBench's Tri-shape; MMInference, Table 4."""
+    """A-shape, and `last` dense rows at the end.
+
+    Source: the Tri-shape of SCBench; MMInference, Table 4.
+    """
     head = HeadPattern("tri_shape", sink=sink, local=local, last=last)
     return _static(num_tokens, num_kv_tokens, head, device)
 

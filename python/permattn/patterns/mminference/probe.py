@@ -26,6 +26,7 @@ class Probe:
         first_position: the same for the first row of every batch row, on the host.
         lse: float32 [B, Hkv, G * rows].
         prompt: sizes.
+        whole: all probabilities, kept when they fit one chunk.
     """
 
     q: Tensor
@@ -34,6 +35,7 @@ class Probe:
     first_position: tuple[int, ...]
     lse: Tensor
     prompt: Prompt
+    whole: Tensor | None
 
     @property
     def heads(self) -> int:
@@ -41,6 +43,9 @@ class Probe:
 
     def chunks(self) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, probabilities float32 [B, Hq, rows, stop - start])."""
+        if self.whole is not None:
+            yield 0, self.prompt.num_kv, self.whole
+            return
         for start, stop in _chunk_bounds(self.q, self.k):
             score = _scores(self.q, self.k, self.position, self.prompt, start, stop)
             p = score.sub_(self.lse[..., None]).exp_()
@@ -50,8 +55,8 @@ class Probe:
 def make_probe(q: Tensor, k: Tensor, prompt: Prompt, *, visual: bool) -> Probe:
     """Probes the last rows of every batch row.
 
-    Source: MMInference, Algorithm 1 (last_q = 64). Deviation: with `visual` the rows end at the last
-    visual query, since rows of the trailing text do not show how visual rows attend.
+    Source: MMInference, Algorithm 1 (last_q = 64). Deviation: with `visual` the rows end at the
+    last visual query, since rows of the trailing text do not show how visual rows attend.
 
     Args:
         q: [B, Hq, Sq, D]; k: [B, Hkv, Skv, D].
@@ -72,12 +77,17 @@ def make_probe(q: Tensor, k: Tensor, prompt: Prompt, *, visual: bool) -> Probe:
     picked = q.gather(2, row[:, None, :, None].expand(batch, heads, rows, head_dim))
     picked = (picked * head_dim**-0.5).reshape(batch, k.shape[1], group * rows, head_dim)
     total = torch.full(picked.shape[:3], float("-inf"), device=q.device)
-    for start, stop in _chunk_bounds(picked, k):
+    bounds = _chunk_bounds(picked, k)
+    if len(bounds) == 1:
+        score = _scores(picked, k, position, prompt, 0, prompt.num_kv)
+        # A probe row that sees nothing (padding) has no finite score; its zeros do no harm.
+        whole = torch.softmax(score, -1).nan_to_num_(0.0).view(batch, heads, rows, -1)
+        return Probe(picked, k, position, begin, total, prompt, whole)
+    for start, stop in bounds:
         score = _scores(picked, k, position, prompt, start, stop)
         total = torch.logaddexp(total, score.logsumexp(-1))
-    # A probe row that sees nothing (padding) must not turn the sums into NaN.
     total = torch.where(total == float("-inf"), 0.0, total)
-    return Probe(picked, k, position, begin, total, prompt)
+    return Probe(picked, k, position, begin, total, prompt, None)
 
 
 def column_mass(probe: Probe) -> Tensor:
@@ -89,7 +99,7 @@ def column_mass(probe: Probe) -> Tensor:
 
 
 def diagonal_mass(probe: Probe) -> Tensor:
-    """float32 [B, Hq, Skv]: share of the probe's mass at every lag (row position - key position)."""
+    """float32 [B, Hq, Skv]: the probe's mass at every lag (row position - key position)."""
     rows = probe.position.shape[1]
     batch, heads, num_kv = probe.q.shape[0], probe.heads, probe.prompt.num_kv
     skew = torch.zeros(batch, heads, num_kv + rows, device=probe.q.device)
@@ -117,8 +127,8 @@ def phase_mass(
         before: keys at or past this position are left out (the local window finds those anyway).
 
     Returns: per stride (vertical [Hq, stride], slash [Hq, stride]): vertical[p] sums keys of rank p
-        modulo the stride; slash[c] sums pairs whose rank difference is c modulo the stride, over the
-        probe rows that stand in the grid.
+        modulo the stride; slash[c] sums pairs whose rank difference is c modulo the stride, over
+        the probe rows that stand in the grid.
     """
     heads, rows = probe.heads, probe.position.shape[1]
     device = probe.q.device
