@@ -1,0 +1,379 @@
+"""The attention and mask functions that transformers calls under the name "permattn".
+
+Registered once, when this module is imported. Only modules that a handle has marked are ever
+sparse: models that share a config object with a patched one meet this code too and get plain SDPA.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from permattn.api import sparse_attention
+from permattn.core import AttnPlan
+from permattn.models import context
+from permattn.models.layout import TokenLayout
+from permattn.patterns.mminference import HeadPattern
+
+# Not with "flash", "sdpa", "flex_attention", "/", "|" or ":": transformers reads meaning into them.
+NAME = "permattn"
+
+# Where a patched attention module keeps its LayerState.
+LAYER = "_permattn_layer"
+
+# The keyword that carries a layout through the layers when checkpointing may replay them.
+LAYOUT_KEYWORD = "permattn_layout"
+
+NO_LAYOUT = "no layout (torch.compile of the whole model, or a decoder called past its hooks)"
+
+# Arguments with a meaning that plans do not carry. A set one sends the call to SDPA untouched.
+_UNSUPPORTED = (
+    "sliding_window",
+    "position_bias",
+    "softcap",
+    "s_aux",
+    "sinks",
+    "cache",
+    "cu_seq_lens_q",
+    "head_mask",
+    "indices",
+)
+
+Planner = Callable[..., AttnPlan]
+
+
+class NotCopyable:
+    """Holds hooks of one model instance: copies and pickles would act on the wrong one."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a patched model cannot be pickled or deep-copied: call permattn.unpatch(model) first "
+            "(save_pretrained and state_dict work as they are)"
+        )
+
+
+class CallCounts:
+    """Attention calls of one handle, counted from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.sparse = 0
+        self.no_labels = 0
+        self.dense_reasons: Counter[str] = Counter()
+
+    def count_sparse(self) -> None:
+        with self._lock:
+            self.sparse += 1
+
+    def count_dense(self, reason: str) -> None:
+        with self._lock:
+            self.dense_reasons[reason] += 1
+
+    def count_no_labels(self) -> None:
+        with self._lock:
+            self.no_labels += 1
+
+
+@dataclass(eq=False)
+class LayerState(NotCopyable):
+    """What the attention function knows about one patched layer.
+
+    Args:
+        owner: key of the handle's entries in `context`.
+        heads: one pattern per query head, globally numbered.
+        key: a 0-dim CPU tensor: compiled graphs take it as an input, where a plain integer would
+            become a guard and compile every layer anew.
+        report_plan: called with (layer, plan) after planning.
+    """
+
+    owner: object
+    index: int
+    heads: tuple[HeadPattern, ...]
+    min_q_len: int
+    planner: Planner
+    backend: str
+    counts: CallCounts
+    key: Tensor
+    report_plan: Callable[[int, AttnPlan], None]
+
+    @property
+    def always_dense(self) -> bool:
+        return all(head.pattern == "dense" for head in self.heads)
+
+
+_keys = itertools.count(1)
+_modules: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
+
+
+def mark_layer(module: torch.nn.Module, **state: Any) -> None:
+    """Makes an attention module sparse; the keywords are `LayerState`'s."""
+    number = next(_keys)
+    module.__dict__[LAYER] = LayerState(key=torch.tensor(number), **state)
+    _modules[number] = module
+
+
+def unmark_layer(module: torch.nn.Module) -> None:
+    layer = module.__dict__.pop(LAYER, None)
+    if layer is not None:
+        _modules.pop(int(layer.key), None)
+
+
+def compact_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of a plain causal prefill in at most B x S values; anything else is SDPA's 4-D mask.
+
+    Compact masks exist only inside a hooked pass or a wrapped `prepare_inputs_for_generation`:
+    another model may share the config object, and it would misread them.
+
+    Returns: None (no padding), bool [B, q_offset + q_length], or SDPA's mask.
+    """
+    preparing = context.is_preparing()
+    plain_causal = (
+        mask_function is causal_mask_function
+        and local_size is None
+        and not use_vmap
+        and kv_offset == 0
+        and q_length > 1
+    )
+    if plain_causal and not torch.compiler.is_compiling() and (preparing or context.in_prefill()):
+        # A static cache is longer than what it holds.
+        live = int(q_offset) + q_length
+        if preparing:
+            # generate() may compile the pass that uses this mask, and hooks do not run then: the
+            # mask's width is what tells the offset.
+            if attention_mask is None:
+                return torch.ones(batch_size, live, dtype=torch.bool, device=kwargs.get("device"))
+            return attention_mask[:, :live].bool()
+        if attention_mask is None or bool(attention_mask[:, :live].all()):
+            return None
+        return attention_mask[:, :live].bool()
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        use_vmap=use_vmap,
+        **kwargs,
+    )
+
+
+def permattn_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    permattn_layout: TokenLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Sparse attention where the layer, the pass and the mask allow it, SDPA everywhere else.
+
+    Args:
+        query: [B, Hq, Sq, D].
+        key, value: [B, Hkv, Skv, D] and [B, Hkv, Skv, Dv], the cache's rows included.
+        attention_mask: None, bool [B, q_offset + Sq] (`compact_mask`) or SDPA's 4-D mask.
+        permattn_layout: the layout, where it travels with the call (training).
+
+    Returns: (out [B, Sq, Hq, Dv], None).
+    """
+    layer: LayerState | None = getattr(module, LAYER, None)
+    compiling = torch.compiler.is_compiling()
+    layout = permattn_layout
+    if layout is None and layer is not None and not compiling:
+        layout = context.current_layout(layer.owner)
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    reason = _why_dense_call(layer, query, attention_mask, causal, module.training and dropout)
+    reason = reason or _why_dense_keywords(kwargs)
+    if layer is None or reason is not None:
+        if layer is not None and reason is not None and not compiling:
+            layer.counts.count_dense(reason)
+        out = dense_attention(
+            module, query, key, value, attention_mask, layout, scaling, dropout, is_causal, **kwargs
+        )
+        return out, None
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if not compiling:
+        return run_layer(module, query, key, value, attention_mask, layout, scale), None
+    if torch.is_grad_enabled() and query.requires_grad:
+        # The opaque operator has no gradient; a break in the graph has one, and stays sparse.
+        return _run_layer_uncompiled(module, query, key, value, attention_mask, layout, scale), None
+    out = torch.ops.permattn.prefill_attention(query, key, value, attention_mask, layer.key, scale)
+    return out, None
+
+
+def run_layer(
+    module: torch.nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layout: TokenLayout | None,
+    scale: float,
+) -> Tensor:
+    """Plans and attends, or attends densely and counts why: [B, Sq, Hq, Dv]."""
+    layer: LayerState = getattr(module, LAYER)
+    reason = _why_dense_pass(layer, q, k, layout)
+    if reason is not None or layout is None:
+        layer.counts.count_dense(reason or NO_LAYOUT)
+        return dense_attention(module, q, k, v, mask, layout, scale, 0.0, None)
+    # A static cache's rows past the live ones are not keys.
+    k, v = k[:, :, : layout.kv_len], v[:, :, : layout.kv_len]
+    heads = local_heads(module, layer.heads, q.shape[1])
+    with torch.no_grad():
+        plan = layer.planner(
+            q, k, layout.rows, heads, left_pad=layout.left_pad, right_pad=layout.right_pad
+        )
+    layer.report_plan(layer.index, plan)
+    out = sparse_attention(q, k, v, plan, scale=scale, backend=layer.backend)
+    layer.counts.count_sparse()
+    return out.transpose(1, 2)
+
+
+@torch.compiler.disable
+def _run_layer_uncompiled(*args: Any) -> Tensor:
+    return run_layer(*args)
+
+
+@torch.library.custom_op("permattn::prefill_attention", mutates_args=())
+def _prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key: Tensor, scale: float
+) -> Tensor:
+    """Opaque to torch.compile: layer and layout are read when it runs, so no layout recompiles."""
+    module = _modules[int(key)]
+    layout = context.current_layout(getattr(module, LAYER).owner)
+    return run_layer(module, q, k, v, mask, layout, scale).contiguous()
+
+
+@_prefill_attention.register_fake
+def _(q, k, v, mask, key, scale):
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+
+
+def dense_attention(
+    module: torch.nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    layout: TokenLayout | None,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool | None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' own SDPA function; compact masks are spelled out first: [B, Sq, Hq, Dv]."""
+    sq = q.shape[2]
+    offset = 0
+    if mask is not None and mask.ndim == 2:
+        offset = mask.shape[1] - sq
+    elif mask is None and layout is not None:
+        offset = layout.q_offset
+    if sq > 1 and (mask is None or mask.ndim == 2):
+        if mask is not None or layout is not None:
+            k, v = k[:, :, : offset + sq], v[:, :, : offset + sq]
+        if mask is not None or offset:
+            causal = torch.ones(sq, offset + sq, dtype=torch.bool, device=q.device).tril(offset)
+            mask = causal[None, None] if mask is None else causal & mask[:, None, None].bool()
+    out, _ = sdpa_attention_forward(
+        module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+    return out
+
+
+def local_heads(
+    module: torch.nn.Module, heads: Sequence[HeadPattern], num_local: int
+) -> tuple[HeadPattern, ...]:
+    """The patterns of this rank's query heads under tensor parallelism; all of them without.
+
+    Raises:
+        RuntimeError: heads are split in a way that does not tell which ones are here.
+    """
+    if num_local == len(heads):
+        return tuple(heads)
+    if len(set(heads)) == 1:
+        return (heads[0],) * num_local
+    weight = getattr(getattr(module, "q_proj", None), "weight", None)
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None:
+        raise RuntimeError(
+            f"config: layer has {len(heads)} head patterns, got {num_local} heads and no sharded "
+            "q_proj that tells which; use the same pattern for every head"
+        )
+    per_rank = -(-len(heads) // mesh.size())
+    first = mesh.get_local_rank() * per_rank
+    return tuple(heads[first : first + num_local])
+
+
+def _why_dense_call(
+    layer: LayerState | None,
+    query: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    dropout: float | bool,
+) -> str | None:
+    """Why this call must be dense, from facts that torch.compile may specialise on."""
+    if layer is not None and layer.always_dense:
+        return "dense layer (config)"
+    if not causal:
+        return "not causal"
+    if dropout:
+        return "attention dropout"
+    if query.shape[2] == 1:
+        return "decode step (one query)"
+    if mask is not None and mask.ndim != 2:
+        return "4-D mask (sliding window, packed or bidirectional tokens)"
+    return None
+
+
+def _why_dense_keywords(kwargs: dict[str, Any]) -> str | None:
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            return f"{name} is set"
+    return None
+
+
+def _why_dense_pass(
+    layer: LayerState, q: Tensor, k: Tensor, layout: TokenLayout | None
+) -> str | None:
+    """Why this pass must be dense, from facts of the pass."""
+    if layout is None:
+        return NO_LAYOUT
+    if layout.dense_reason is not None:
+        return layout.dense_reason
+    if q.shape[2] != layout.q_len or k.shape[2] < layout.kv_len:
+        return "queries or keys do not match the layout"
+    if layout.q_len < layer.min_q_len:
+        return "q_len below min_q_len"
+    return None
+
+
+AttentionInterface.register(NAME, permattn_attention)
+AttentionMaskInterface.register(NAME, compact_mask)

@@ -1,0 +1,269 @@
+"""Finds out what the tokens of every pass are, with hooks on one model instance.
+
+    H1  pre-hook of the multimodal model   what it was called with: ids, token types, grids
+    H1' its forward hook                   forgets that
+    W1  get_{image,video}_features         grid sizes: generate() encodes vision before any forward
+    W2  prepare_inputs_for_generation      static caches build their masks there
+    H2  pre-hook of the text decoder       builds the layout and publishes it
+    H2' its forward hook                   withdraws it, on exceptions too
+
+The multimodal model (`base_model`) is hooked and not the wrapper with the language-model head: it
+is entered through `__call__` whatever the user calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from permattn.core import Segment
+from permattn.models import context
+from permattn.models.attention import LAYOUT_KEYWORD, CallCounts, NotCopyable
+from permattn.models.layout import (
+    IMAGE,
+    TEXT,
+    VIDEO,
+    Family,
+    GridPerVideo,
+    Rows,
+    TokenLayout,
+    padding_of_mask,
+)
+
+_GRID_KEYWORDS = {IMAGE: "image_grid_thw", VIDEO: "video_grid_thw"}
+_OBSERVED = ("input_ids", "mm_token_type_ids", *_GRID_KEYWORDS.values())
+
+Sizes = tuple[tuple[int, int, int], ...]
+
+
+@dataclass
+class _Seen:
+    """What a cache's tokens were: chunked prefill and later turns start from it."""
+
+    labels: Tensor | None = None
+    grids: dict[int, Sizes] = field(default_factory=dict)
+    rows: Rows | None = None
+
+
+class LayoutCapture(NotCopyable):
+    """Hooks of one model. `remove()` leaves no trace of them.
+
+    Args:
+        model: the model with `prepare_inputs_for_generation`.
+        base, text: the multimodal model below it and its text decoder (may be the same module).
+        owner: key of this model's entries in `context`.
+        on_layout: called with every layout.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: nn.Module,
+        text: nn.Module,
+        family: Family,
+        *,
+        owner: object,
+        counts: CallCounts,
+        on_layout: Callable[[TokenLayout], None],
+    ) -> None:
+        self._base, self._text, self._family = base, text, family
+        self._owner, self._counts, self._on_layout = owner, counts, on_layout
+        self._seen: weakref.WeakKeyDictionary[Any, _Seen] = weakref.WeakKeyDictionary()
+        self._wrapped: list[tuple[nn.Module, str, Any]] = []
+        self._hooks = [
+            text.register_forward_pre_hook(self._enter_text, with_kwargs=True),
+            text.register_forward_hook(self._leave_text, always_call=True),
+        ]
+        if base is not text:
+            self._hooks += [
+                base.register_forward_pre_hook(self._enter_base, with_kwargs=True),
+                base.register_forward_hook(self._leave_base, always_call=True),
+            ]
+        for kind, name in ((IMAGE, "get_image_features"), (VIDEO, "get_video_features")):
+            self._wrap(base, name, functools.partial(self._see_vision_call, kind))
+        self._wrap(model, "prepare_inputs_for_generation", None)
+        parameters = inspect.signature(text.forward).parameters.values()
+        self._takes_keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for module, name, before in reversed(self._wrapped):
+            module.__dict__.pop(name, None)
+            if before is not None:
+                module.__dict__[name] = before
+        self._hooks, self._wrapped = [], []
+        context.take_pending(self._owner)
+        context.set_explicit(self._owner, None)
+
+    def _wrap(
+        self, module: nn.Module, name: str, see: Callable[[dict[str, Any]], None] | None
+    ) -> None:
+        """Wraps a method of this instance; generate() inspects its signature, which stays."""
+        original = getattr(module, name, None)
+        if original is None:
+            return
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if see is not None:
+                see(signature.bind_partial(*args, **kwargs).arguments)
+                return original(*args, **kwargs)
+            with context.preparing():
+                return original(*args, **kwargs)
+
+        self._wrapped.append((module, name, module.__dict__.get(name)))
+        module.__dict__[name] = wrapper
+
+    def _see_vision_call(self, kind: int, arguments: dict[str, Any]) -> None:
+        grid = arguments.get(_GRID_KEYWORDS[kind])
+        if grid is not None and not torch.compiler.is_compiling():
+            context.add_pending(
+                [context.PendingGrid(self._owner, kind, size) for size in _sizes(grid)]
+            )
+
+    def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        inputs = dict(kwargs)
+        if args:
+            inputs.update(zip(inspect.signature(module.forward).parameters, args, strict=False))
+        context.observe({name: inputs.get(name) for name in _OBSERVED})
+
+    def _leave_base(self, module: nn.Module, args: tuple, out: Any) -> None:
+        if not torch.compiler.is_compiling():
+            context.observe(None)
+
+    def _enter_text(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        if torch.compiler.is_compiling():
+            return None
+        if args:
+            names = inspect.signature(module.forward).parameters
+            inputs = {**kwargs, **dict(zip(names, args, strict=False))}
+        else:
+            inputs = kwargs
+        may_replay = torch.is_grad_enabled() and module.training
+        layout = self._layout_of(inputs, can_be_sparse=self._takes_keywords or not may_replay)
+        context.push_layout(self._owner, layout)
+        if layout is None:
+            return None
+        self._on_layout(layout)
+        if may_replay and self._takes_keywords:
+            # Gradient checkpointing runs the layers again after this pass is over.
+            return args, {**kwargs, LAYOUT_KEYWORD: layout}
+        return None
+
+    def _leave_text(self, module: nn.Module, args: tuple, out: Any) -> None:
+        if not torch.compiler.is_compiling():
+            context.pop_layout(self._owner)
+
+    def _layout_of(self, inputs: dict[str, Any], *, can_be_sparse: bool) -> TokenLayout | None:
+        """Geometry of a pass with more than one query; rows are empty where modality is unknown."""
+        tokens = inputs.get("inputs_embeds")
+        if tokens is None:
+            tokens = inputs.get("input_ids")
+        if tokens is None or tokens.shape[1] <= 1:
+            return None
+        batch, q_len = tokens.shape[:2]
+        cache = inputs.get("past_key_values")
+        q_offset = int(cache.get_seq_length()) if cache is not None else 0
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, dict):
+            mask = next((m for m in mask.values() if m is not None and m.ndim == 2), None)
+        reason = None if can_be_sparse else "training, and the decoder takes no extra keywords"
+        left_pad = right_pad = (0,) * batch
+        if mask is not None and mask.ndim == 2:
+            left_pad, right_pad, has_gaps = padding_of_mask(mask[:, : q_offset + q_len])
+            reason = reason or ("padding between tokens" if has_gaps else None)
+        rows = self._rows_of(inputs, cache, batch, q_len, q_offset)
+        return TokenLayout(rows, left_pad, right_pad, q_offset, q_len, reason)
+
+    def _rows_of(
+        self, inputs: dict[str, Any], cache: Any, batch: int, q_len: int, q_offset: int
+    ) -> Rows:
+        seen = self._seen.get(cache) if cache is not None and q_offset else None
+        seen = seen if seen is not None else _Seen()
+        if cache is not None:
+            self._seen[cache] = seen
+        pending = context.take_pending(self._owner)
+        stated = context.explicit(self._owner)
+        seen.rows = stated if stated is not None else seen.rows
+        if seen.rows is not None:
+            return _repeat(seen.rows, batch, q_offset + q_len)
+        inputs = {**inputs, **(context.observed() or {})}
+        labels = self._labels_of(inputs, batch, q_len)
+        if labels is None:
+            self._counts.count_no_labels()
+            labels = torch.full((batch, q_len), TEXT)
+        seen.labels = _append(seen.labels, labels, q_offset)
+        if self._family.frames is None:
+            return ((),) * batch
+        grids = {}
+        for kind, keyword in _GRID_KEYWORDS.items():
+            given = inputs.get(keyword)
+            new = _sizes(given) if given is not None else ()
+            new = new or tuple(grid.size for grid in pending if grid.kind == kind)
+            grids[kind] = self._choose(seen.labels, kind, seen.grids.get(kind, ()), new)
+        seen.grids = grids
+        return self._family.frames.rows(seen.labels, grids)
+
+    def _labels_of(self, inputs: dict[str, Any], batch: int, q_len: int) -> Tensor | None:
+        """int64 [B, q_len] on the CPU; None where nothing tells."""
+        types = inputs.get("mm_token_type_ids")
+        if types is not None and types.shape[0] == batch and types.shape[-1] >= q_len:
+            labels = types[:, -q_len:].cpu().long()
+            return torch.where(labels > VIDEO, TEXT, labels)
+        ids = inputs.get("input_ids")
+        if ids is None or ids.shape != (batch, q_len):
+            return None
+        return self._family.labels_of_ids(ids)
+
+    def _choose(self, labels: Tensor, kind: int, old: Sizes, new: Sizes) -> Sizes:
+        """Callers pass the sizes of a turn's new videos, or those of every turn, again."""
+        rule = self._family.frames
+        if not isinstance(rule, GridPerVideo):
+            return old + new
+        want = int((labels == kind).sum())
+        for sizes in (old + new, new, old):
+            if sizes and rule.num_tokens(sizes) == want:
+                return sizes
+        # A chunk of a prompt: not every token is here yet.
+        repeats_old = new[: len(old)] == old and rule.num_tokens(new) >= want
+        return new if repeats_old else old + new
+
+
+def _sizes(grid: Tensor) -> Sizes:
+    return tuple((t, h, w) for t, h, w in grid.tolist())
+
+
+def _append(before: Tensor | None, labels: Tensor, q_offset: int) -> Tensor:
+    """Labels of the cache's tokens, then of the new ones. Tokens made by decoding are text."""
+    if not q_offset:
+        return labels
+    batch = labels.shape[0]
+    if before is None:
+        before = torch.full((batch, 0), TEXT)
+    if before.shape[0] != batch:
+        before = before.repeat_interleave(batch // before.shape[0], 0)
+    before = before[:, :q_offset]
+    before = torch.nn.functional.pad(before, (0, q_offset - before.shape[1]), value=TEXT)
+    return torch.cat((before, labels), 1)
+
+
+def _repeat(rows: Sequence[Sequence[Segment]], batch: int, kv_len: int) -> Rows:
+    """Stated rows for a batch that beams or num_return_sequences repeated, up to a chunk's end."""
+    copies, rest = divmod(batch, max(len(rows), 1))
+    if rest or not rows:
+        raise ValueError(f"layout: wants one entry per batch row, got {len(rows)} for {batch} rows")
+    here = [tuple(segment for segment in row if segment.start < kv_len) for row in rows]
+    return tuple(row for row in here for _ in range(copies))

@@ -1,0 +1,107 @@
+"""State of the forward pass that is running now, per thread and per task.
+
+Hooks write it and attention functions read it; the two never see each other otherwise. Everything
+lives in ContextVars: two threads may run one model at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from permattn.models.layout import Rows, TokenLayout
+
+
+@dataclass(frozen=True)
+class _Frame:
+    owner: object
+    layout: TokenLayout | None
+
+
+@dataclass(frozen=True)
+class PendingGrid:
+    """Sizes of one image or video that a vision call was given, for the next prefill of `owner`."""
+
+    owner: object
+    kind: int
+    size: tuple[int, int, int]
+
+
+_FRAMES: ContextVar[tuple[_Frame, ...]] = ContextVar("permattn_frames", default=())
+_PREPARING: ContextVar[bool] = ContextVar("permattn_preparing", default=False)
+_OBSERVED: ContextVar[Mapping[str, Any] | None] = ContextVar("permattn_observed", default=None)
+_PENDING: ContextVar[tuple[PendingGrid, ...]] = ContextVar("permattn_pending", default=())
+_EXPLICIT: ContextVar[tuple[tuple[object, Rows], ...]] = ContextVar("permattn_explicit", default=())
+
+
+def push_layout(owner: object, layout: TokenLayout | None) -> None:
+    """Enters a decoder pass of `owner`; None = a pass without geometry (one query)."""
+    _FRAMES.set((*_FRAMES.get(), _Frame(owner, layout)))
+
+
+def pop_layout(owner: object) -> None:
+    """Leaves it. Does nothing when the pass was never entered (its pre-hook raised)."""
+    frames = _FRAMES.get()
+    if frames and frames[-1].owner is owner:
+        _FRAMES.set(frames[:-1])
+
+
+def current_layout(owner: object) -> TokenLayout | None:
+    """The layout of the innermost pass, if that pass belongs to `owner`."""
+    frames = _FRAMES.get()
+    return frames[-1].layout if frames and frames[-1].owner is owner else None
+
+
+def in_prefill() -> bool:
+    """Whether the innermost decoder pass of any patched model has geometry."""
+    frames = _FRAMES.get()
+    return bool(frames) and frames[-1].layout is not None
+
+
+@contextmanager
+def preparing() -> Iterator[None]:
+    """Around `prepare_inputs_for_generation`, which builds the masks of static caches."""
+    token = _PREPARING.set(True)
+    try:
+        yield
+    finally:
+        _PREPARING.reset(token)
+
+
+def is_preparing() -> bool:
+    return _PREPARING.get()
+
+
+def observe(inputs: Mapping[str, Any] | None) -> None:
+    """Remembers what the multimodal model was called with; None forgets it."""
+    _OBSERVED.set(inputs)
+
+
+def observed() -> Mapping[str, Any] | None:
+    return _OBSERVED.get()
+
+
+def add_pending(grids: list[PendingGrid]) -> None:
+    _PENDING.set((*_PENDING.get(), *grids))
+
+
+def take_pending(owner: object) -> list[PendingGrid]:
+    """Hands over and forgets the pending grids of `owner`."""
+    pending = _PENDING.get()
+    if not pending:
+        return []
+    _PENDING.set(tuple(grid for grid in pending if grid.owner is not owner))
+    return [grid for grid in pending if grid.owner is owner]
+
+
+def set_explicit(owner: object, rows: Rows | None) -> None:
+    """Rows that the caller states for the next passes of `owner`; None withdraws them."""
+    others = tuple(entry for entry in _EXPLICIT.get() if entry[0] is not owner)
+    _EXPLICIT.set(others if rows is None else (*others, (owner, rows)))
+
+
+def explicit(owner: object) -> Rows | None:
+    return next((rows for entry, rows in _EXPLICIT.get() if entry is owner), None)

@@ -1,0 +1,19 @@
+"""LLaVA-NeXT-Video: frames pooled by `spatial_pool_stride`, nothing between or after them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from permattn.models.layout import Family, FixedFrames
+
+MODEL_TYPES = ("llava_next_video",)
+
+
+def family(config: Any) -> Family:
+    patches = config.vision_config.image_size // config.vision_config.patch_size
+    side = patches // config.spatial_pool_stride
+    return Family(
+        image_token=config.image_token_id,
+        video_token=config.video_token_id,
+        frames=FixedFrames(side, side),
+    )

@@ -1,0 +1,17 @@
+"""Qwen2-VL: one unbroken run of tokens per video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from permattn.models.layout import Family, GridPerVideo
+
+MODEL_TYPES = ("qwen2_vl",)
+
+
+def family(config: Any) -> Family:
+    return Family(
+        image_token=config.image_token_id,
+        video_token=config.video_token_id,
+        frames=GridPerVideo(merge=config.vision_config.spatial_merge_size),
+    )

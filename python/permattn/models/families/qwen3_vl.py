@@ -1,0 +1,17 @@
+"""Qwen3-VL, dense and mixture-of-experts: a timestamp stands before every frame of a video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from permattn.models.layout import Family, GridPerVideo
+
+MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
+
+
+def family(config: Any) -> Family:
+    return Family(
+        image_token=config.image_token_id,
+        video_token=config.video_token_id,
+        frames=GridPerVideo(merge=config.vision_config.spatial_merge_size),
+    )
