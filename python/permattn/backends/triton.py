@@ -1,4 +1,87 @@
-"""Triton kernels."""
+"""Triton kernels on CUDA devices: forward, log-sum-exp and deterministic gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from permattn.core.plan import AttnPlan
+from permattn.core.problem import BwdArgs, FwdArgs, Problem
+
+if TYPE_CHECKING:
+    from permattn.triton_kernels.launch import Part
+
 NAME = "triton"
-def why_not(problem):
-    return "not built"
+MAX_HEAD_DIM = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Both are settled once, here: a look-up inside why_not would break fullgraph compilation. Triton itself
+# reads the variable when it is imported; under it, kernels run on CPU tensors, for tests.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not(problem: Problem) -> str | None:
+    if not _INSTALLED:
+        return "triton is not installed (pip install 'permattn[triton]')"
+    if problem.device_type != "cuda" and not (_INTERPRETED and problem.device_type == "cpu"):
+        return f"needs a CUDA device, got {problem.device_type}"
+    if problem.dtype not in DTYPES:
+        return f"computes in bfloat16, float16 or float32, got {problem.dtype}"
+    if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
+        dims = f"D = {problem.head_dim}, Dv = {problem.head_dim_v}"
+        return f"head dims go up to {MAX_HEAD_DIM}, got {dims}"
+    if problem.quant.is_quantised:
+        return "does not quantise"
+    if problem.device_type == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            return f"needs compute capability 8.0 or newer, got {major}.{minor}"
+    return None
+
+
+def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:
+    from permattn.ops import empty_out
+    from permattn.triton_kernels.launch import launch_forward
+
+    q, k, v = args.q, args.k, args.v
+    out = empty_out(q, v)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    with _on_device_of(q):
+        launch_forward(q, k, v, out, lse, kernel_parts(args.plan), args.scale)
+    return out, lse
+
+
+def backward(args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError
+
+
+def kernel_parts(plan: AttnPlan) -> list[Part]:
+    """The plan as the kernels read it; broadcast axes stay one row long."""
+    from permattn.triton_kernels.launch import Part, compact
+
+    return [
+        Part(
+            q_token=compact(part.q_perm.token_of_slot),
+            kv_token=compact(part.kv_perm.token_of_slot),
+            kv_indices=compact(part.index.kv_indices),
+            row_offsets=compact(part.index.row_offsets),
+            kv_num_full=compact(part.index.kv_num_full),
+            block_q=part.index.block_q,
+            block_kv=part.index.block_kv,
+            q_identity=part.q_perm.is_identity,
+            kv_identity=part.kv_perm.is_identity,
+            group=group,
+            min_lag=part.band.min_lag,
+            max_lag=part.band.max_lag,
+        )
+        for part, group in zip(plan.parts, plan.q_groups(), strict=True)
+    ]
+
+
+def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

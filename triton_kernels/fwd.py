@@ -1,0 +1,248 @@
+"""Forward kernels: several parts under one softmax, rows gathered and scattered by token."""
+
+import triton
+import triton.language as tl
+
+from permattn.triton_kernels.token_rule import (
+    from_odd,
+    head_base,
+    head_row,
+    lane_slots,
+    load_list,
+    load_rows,
+    load_tokens,
+    store_rows,
+    tile_slots,
+    token_is_visible,
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _attend_list(
+    state,
+    b_q,
+    b_q_token,
+    m_q,
+    p_k,
+    p_v,
+    p_kv_token,
+    p_entry,
+    num_entries,
+    num_kv_slots,
+    num_kv_tokens,
+    k_stride,
+    v_stride,
+    min_lag,
+    max_lag,
+    qk_scale,
+    PART: tl.constexpr,
+    IS_FULL: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Online softmax (base 2) of one query tile over the entries of one list."""
+    BLOCK_KV: tl.constexpr = PART[1]
+    b_acc, b_high, b_total = state
+    num_lanes = num_entries * BLOCK_KV
+    for i_lane in tl.range(0, num_lanes, BLOCK_N):
+        o_slot, m_slot = lane_slots(p_entry, i_lane, num_lanes, num_kv_slots, BLOCK_KV, BLOCK_N)
+        b_kv_token, m_kv = load_tokens(p_kv_token, o_slot, m_slot, num_kv_tokens, PART[2])
+        if IS_FULL:
+            m_visible = m_kv[None, :]
+            m_v = m_kv
+        else:
+            m_visible = token_is_visible(
+                b_q_token[:, None],
+                b_kv_token[None, :],
+                m_q[:, None],
+                m_kv[None, :],
+                min_lag,
+                max_lag,
+                PART[3],
+                PART[4],
+            )
+            # 0 * NaN is NaN: a value row that nobody here may see must not be read at all.
+            m_v = tl.max(m_visible.to(tl.int32), 0) > 0
+        b_k = load_rows(p_k, b_kv_token, m_kv, k_stride, D, BLOCK_D)
+        b_score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * qk_scale
+        b_score = tl.where(m_visible, b_score, float("-inf"))
+        b_now = tl.maximum(b_high, tl.max(b_score, 1))
+        # A row that has seen nothing keeps -inf, and -inf - -inf must not become NaN.
+        b_safe = tl.where(b_now == float("-inf"), 0.0, b_now)
+        b_p = tl.math.exp2(b_score - b_safe[:, None])
+        b_shrink = tl.math.exp2(b_high - b_safe)
+        b_total = b_total * b_shrink + tl.sum(b_p, 1)
+        b_v = load_rows(p_v, b_kv_token, m_v, v_stride, DV, BLOCK_DV)
+        b_acc = b_acc * b_shrink[:, None]
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+        b_high = b_now
+    return b_acc, b_high, b_total
+
+
+@triton.jit(
+    do_not_specialize=["num_q_heads", "num_q_tokens", "num_kv_tokens", "num_q_slots", "num_tiles"]
+)
+def fwd_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_acc,
+    p_high,
+    p_total,
+    p_q_token,
+    lists,
+    rows,
+    sizes,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    num_q_heads,
+    group,
+    num_q_tokens,
+    num_kv_tokens,
+    num_q_slots,
+    num_tiles,
+    qk_scale,
+    PARTS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
+    Q_IDENTITY: tl.constexpr,
+    CARRY: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One query tile of one head, over NUM_PARTS parts that share the query order.
+
+    Args:
+        p_acc, p_high, p_total: float32 state in token order [B, Hq, Sq, Dv], [B, Hq, Sq] twice, read and
+            written where CARRY is set: then this launch is one of several of the plan.
+        lists: per part (token_of_slot, kv_indices, row_offsets, kv_num_full).
+        rows: `plan_rows` of q's token_of_slot, then of the four tensors of every part.
+        sizes: per part odd numbers of (num_kv_slots, capacity, min_lag, max_lag).
+        PARTS: per part (block_q, block_kv, kv is identity, has min_lag, has max_lag).
+        UNIT: slots that lie in one block row of every part.
+    """
+    i_program = tl.program_id(0)
+    i_head = i_program // num_tiles
+    # Under causality the last tiles are the longest: they start first.
+    i_tile = num_tiles - 1 - i_program % num_tiles
+    i_b = i_head // num_q_heads
+    i_h = i_head % num_q_heads
+    i_hkv = i_h // group
+
+    i_first, o_q_slot, m_q_slot = tile_slots(i_tile, num_q_slots, UNIT, BLOCK_M)
+    p_q_token += head_row(i_b, i_h, rows[0]) * num_q_slots
+    b_q_token, m_q = load_tokens(p_q_token, o_q_slot, m_q_slot, num_q_tokens, Q_IDENTITY)
+    p_q = head_base(p_q, i_b, i_h, q_strides)
+    p_k = head_base(p_k, i_b, i_hkv, k_strides)
+    p_v = head_base(p_v, i_b, i_hkv, v_strides)
+    b_q = load_rows(p_q, b_q_token, m_q, q_strides[2], D, BLOCK_D)
+
+    o_row = i_head.to(tl.int64) * num_q_tokens
+    if CARRY:
+        b_acc = load_rows(p_acc + o_row * DV, b_q_token, m_q, DV, DV, BLOCK_DV)
+        b_high = tl.load(p_high + o_row + b_q_token, mask=m_q, other=float("-inf"))
+        b_total = tl.load(p_total + o_row + b_q_token, mask=m_q, other=0.0)
+    else:
+        b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        b_high = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        b_total = tl.zeros([BLOCK_M], tl.float32)
+
+    for n in tl.static_range(NUM_PARTS):
+        num_kv_slots, capacity = from_odd(sizes[n][0]), from_odd(sizes[n][1])
+        num_rows = (num_q_slots + PARTS[n][0] - 1) // PARTS[n][0]
+        p_kv_token = lists[n][0] + head_row(i_b, i_h, rows[1 + 4 * n]) * num_kv_slots
+        p_entry = lists[n][1] + head_row(i_b, i_h, rows[2 + 4 * n]) * capacity
+        p_row_offsets = lists[n][2] + head_row(i_b, i_h, rows[3 + 4 * n]) * (num_rows + 1)
+        p_num_full = lists[n][3] + head_row(i_b, i_h, rows[4 + 4 * n]) * num_rows
+        i_begin, num_full, num_partial = load_list(
+            p_row_offsets, p_num_full, i_first // PARTS[n][0], capacity
+        )
+        p_entry += i_begin
+        for is_full in tl.static_range(1, -1, -1):
+            b_acc, b_high, b_total = _attend_list(
+                (b_acc, b_high, b_total),
+                b_q,
+                b_q_token,
+                m_q,
+                p_k,
+                p_v,
+                p_kv_token,
+                p_entry if is_full else p_entry + num_full,
+                num_full if is_full else num_partial,
+                num_kv_slots,
+                num_kv_tokens,
+                k_strides[2],
+                v_strides[2],
+                from_odd(sizes[n][2]),
+                from_odd(sizes[n][3]),
+                qk_scale,
+                PARTS[n],
+                is_full,
+                D,
+                DV,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_DV,
+            )
+
+    if CARRY:
+        store_rows(p_acc + o_row * DV, b_q_token, m_q, DV, b_acc, DV, BLOCK_DV)
+        tl.store(p_high + o_row + b_q_token, b_high, mask=m_q)
+        tl.store(p_total + o_row + b_q_token, b_total, mask=m_q)
+    else:
+        p_out = head_base(p_out, i_b, i_h, out_strides)
+        b_out, b_lse = _normalise(b_acc, b_high, b_total)
+        store_rows(p_out, b_q_token, m_q, out_strides[2], b_out, DV, BLOCK_DV)
+        tl.store(p_lse + o_row + b_q_token, b_lse, mask=m_q)
+
+
+@triton.jit
+def _normalise(b_acc, b_high, b_total):
+    """(out, lse in natural log); 0 and -inf for a row that saw nothing."""
+    m_empty = b_total == 0
+    b_divisor = tl.where(m_empty, 1.0, b_total)
+    b_lse = (b_high + tl.math.log2(b_divisor)) * LN2
+    return b_acc / b_divisor[:, None], tl.where(m_empty, float("-inf"), b_lse)
+
+
+@triton.jit(do_not_specialize=["num_q_heads", "num_q_tokens", "num_tiles"])
+def finish_kernel(
+    p_acc,
+    p_high,
+    p_total,
+    p_out,
+    p_lse,
+    out_strides,
+    num_q_heads,
+    num_q_tokens,
+    num_tiles,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """State of all parts -> out and lse, in token order."""
+    i_program = tl.program_id(0)
+    i_head = i_program // num_tiles
+    b_token = (i_program % num_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_token = b_token < num_q_tokens
+    o_row = i_head.to(tl.int64) * num_q_tokens
+    b_acc = load_rows(p_acc + o_row * DV, b_token, m_token, DV, DV, BLOCK_DV)
+    b_high = tl.load(p_high + o_row + b_token, mask=m_token, other=float("-inf"))
+    b_total = tl.load(p_total + o_row + b_token, mask=m_token, other=0.0)
+    b_out, b_lse = _normalise(b_acc, b_high, b_total)
+    p_out = head_base(p_out, i_head // num_q_heads, i_head % num_q_heads, out_strides)
+    store_rows(p_out, b_token, m_token, out_strides[2], b_out, DV, BLOCK_DV)
+    tl.store(p_lse + o_row + b_token, b_lse, mask=m_token)
