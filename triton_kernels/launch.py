@@ -9,11 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from permattn.triton_kernels.bwd import delta_kernel, dq_kernel
+from permattn.triton_kernels.bwd_dkdv import dkdv_kernel
 from permattn.triton_kernels.config import padded_head_dim, select_config
 from permattn.triton_kernels.fwd import finish_kernel, fwd_kernel
 
 LOG2E = 1.4426950408889634
-FINISH_TILE = 64
+# Rows per program of the kernels that touch every token once.
+ROW_TILE = 64
 # Parts of one launch: each adds two loops to the kernel's code.
 MAX_FUSED_PARTS = 4
 # A smaller common unit would leave rows of the tile idle; then parts are launched one by one.
@@ -124,6 +127,27 @@ class Lists:
         return cls(tuple(tensors), tuple(rows), tuple(sizes), tuple(parts))
 
 
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """What every backward launch of one call shares.
+
+    Args:
+        lse, delta: float32 [B, Hq, Sq], contiguous, natural log; delta = sum(out * dout) - dlse.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    lse: Tensor
+    delta: Tensor
+    scale: float
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+
 def launch_forward(
     q: Tensor,
     k: Tensor,
@@ -153,7 +177,7 @@ def launch_forward(
     for run in runs:
         _launch_run(q, k, v, out, lse, state, run, scale)
     if carry:
-        num_tiles = ceil_div(q.shape[2], FINISH_TILE)
+        num_tiles = ceil_div(q.shape[2], ROW_TILE)
         finish_kernel[(num_tiles * q.shape[0] * q.shape[1],)](
             *state,
             out,
@@ -163,7 +187,7 @@ def launch_forward(
             q.shape[2],
             num_tiles,
             DV=v.shape[3],
-            BLOCK_M=FINISH_TILE,
+            BLOCK_M=ROW_TILE,
             BLOCK_DV=padded_head_dim(v.shape[3]),
         )
 
@@ -225,6 +249,200 @@ def _launch_run(
         BLOCK_N=config.block_n,
         BLOCK_D=padded_head_dim(head_dim),
         BLOCK_DV=padded_head_dim(v.shape[3]),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def launch_delta(out: Tensor, dout: Tensor, dlse: Tensor) -> Tensor:
+    """float32 [B, Hq, Sq]: sum(out * dout) - dlse of every query."""
+    batch, heads, num_q_tokens, head_dim_v = out.shape
+    delta = torch.empty((batch, heads, num_q_tokens), dtype=torch.float32, device=out.device)
+    num_tiles = ceil_div(num_q_tokens, ROW_TILE)
+    if delta.numel():
+        delta_kernel[(num_tiles * batch * heads,)](
+            out,
+            dout,
+            dlse,
+            delta,
+            strides(out),
+            strides(dout),
+            dlse.stride(),
+            heads,
+            num_q_tokens,
+            num_tiles,
+            DV=head_dim_v,
+            BLOCK_M=ROW_TILE,
+            BLOCK_DV=padded_head_dim(head_dim_v),
+        )
+    return delta
+
+
+def launch_dq(g: Gradient, parts: Sequence[Part]) -> Tensor:
+    """dQ in q's dtype. Parts of one query order share a launch; several orders add up in float32."""
+    runs = fused_runs(parts)
+    carry = len(runs) > 1
+    if carry:
+        dq = torch.zeros(g.q.shape, dtype=torch.float32, device=g.q.device)
+    elif parts[0].q_identity:
+        dq = g.q.new_empty(g.q.shape)
+    else:
+        dq = g.q.new_zeros(g.q.shape)
+    if dq.numel():
+        for run in runs:
+            _launch_dq_run(g, dq, run, carry)
+    return dq.to(g.q.dtype)
+
+
+def _launch_dq_run(g: Gradient, dq: Tensor, run: Sequence[Part], carry: bool) -> None:
+    batch, heads, num_q_tokens, head_dim = g.q.shape
+    head_dim_v = g.v.shape[3]
+    unit = math.gcd(*(p.block_q for p in run))
+    config = select_config(
+        "dq",
+        element_size=g.q.element_size(),
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        unit=unit,
+    )
+    num_q_slots = run[0].q_token.shape[-1]
+    num_tiles = num_tiles_of(num_q_slots, unit, config.block_m)
+    if num_tiles == 0:
+        return
+    lists = Lists.of(run)
+    dq_kernel[(num_tiles * batch * heads,)](
+        g.q,
+        g.k,
+        g.v,
+        g.dout,
+        g.lse,
+        g.delta,
+        dq,
+        run[0].q_token,
+        lists.tensors,
+        lists.rows,
+        lists.sizes,
+        strides(g.q),
+        strides(g.k),
+        strides(g.v),
+        strides(g.dout),
+        strides(dq),
+        heads,
+        g.group,
+        num_q_tokens,
+        g.k.shape[2],
+        num_q_slots,
+        num_tiles,
+        g.scale,
+        g.scale * LOG2E,
+        PARTS=lists.parts,
+        NUM_PARTS=len(run),
+        UNIT=unit,
+        Q_IDENTITY=run[0].q_identity,
+        CARRY=carry,
+        D=head_dim,
+        DV=head_dim_v,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_D=padded_head_dim(head_dim),
+        BLOCK_DV=padded_head_dim(head_dim_v),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def launch_dkdv(
+    g: Gradient, parts: Sequence[Part], transposed: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """dK and dV in k's and v's dtype, deterministic.
+
+    Every launch owns each key row once, so there are no atomics. Launches of several parts, or of the
+    heads of a group whose key orders differ, follow one another and add up in float32.
+
+    Args:
+        transposed: per part (query blocks, row_offsets, num_full) of `BlockIndex.transpose`.
+    """
+    calls = []
+    for part, lists in zip(parts, transposed, strict=True):
+        shared = part.kv_token.shape[1] == 1 or g.group == 1
+        ranges = [(0, g.group)] if shared else [(i, i + 1) for i in range(g.group)]
+        calls += [(part, lists, heads) for heads in ranges]
+    carry = len(calls) > 1
+    dtype = torch.float32 if carry else g.k.dtype
+    make = torch.zeros if carry or not parts[0].kv_identity else torch.empty
+    dk = make(g.k.shape, dtype=dtype, device=g.k.device)
+    dv = make(g.v.shape, dtype=dtype, device=g.v.device)
+    if dk.numel():
+        for part, lists, heads in calls:
+            _launch_dkdv_part(g, dk, dv, part, lists, heads, carry)
+    return dk.to(g.k.dtype), dv.to(g.v.dtype)
+
+
+def _launch_dkdv_part(
+    g: Gradient,
+    dk: Tensor,
+    dv: Tensor,
+    part: Part,
+    lists: tuple[Tensor, Tensor, Tensor],
+    heads: tuple[int, int],
+    carry: bool,
+) -> None:
+    batch, num_kv_heads, num_kv_tokens, head_dim = g.k.shape
+    head_dim_v = g.v.shape[3]
+    config = select_config(
+        "dkdv",
+        element_size=g.k.element_size(),
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        unit=part.block_kv,
+    )
+    num_kv_slots = part.kv_token.shape[-1]
+    num_tiles = num_tiles_of(num_kv_slots, part.block_kv, config.block_m)
+    if num_tiles == 0:
+        return
+    tensors = (part.q_token, *(compact(x) for x in lists))
+    has_lags = part.min_lag is not None, part.max_lag is not None
+    dkdv_kernel[(num_tiles * batch * num_kv_heads,)](
+        g.q,
+        g.k,
+        g.v,
+        g.dout,
+        g.lse,
+        g.delta,
+        dk,
+        dv,
+        part.kv_token,
+        tensors,
+        (plan_rows(part.kv_token), *(plan_rows(x) for x in tensors)),
+        strides(g.q),
+        strides(g.k),
+        strides(g.v),
+        strides(g.dout),
+        strides(dk),
+        strides(dv),
+        g.q.shape[1],
+        num_kv_heads,
+        g.group,
+        *heads,
+        g.q.shape[2],
+        num_kv_tokens,
+        part.q_token.shape[-1],
+        num_kv_slots,
+        lists[0].shape[-1],
+        num_tiles,
+        clamp_lag(part.min_lag),
+        clamp_lag(part.max_lag),
+        g.scale,
+        g.scale * LOG2E,
+        PART=(part.block_q, part.block_kv, part.q_identity, *has_lags),
+        KV_IDENTITY=part.kv_identity,
+        CARRY=carry,
+        D=head_dim,
+        DV=head_dim_v,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_D=padded_head_dim(head_dim),
+        BLOCK_DV=padded_head_dim(head_dim_v),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -57,7 +57,20 @@ def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:
 
 
 def backward(args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError
+    from permattn.triton_kernels.launch import Gradient, launch_delta, launch_dkdv, launch_dq
+
+    parts = kernel_parts(args.plan)
+    transposed = []
+    for part in args.plan.parts:
+        index = part.index.transpose(part.num_kv_blocks)
+        transposed.append((index.kv_indices, index.row_offsets, index.kv_num_full))
+    with _on_device_of(args.q):
+        lse = args.lse.contiguous()
+        delta = launch_delta(args.out, args.dout, args.dlse)
+        shared = Gradient(args.q, args.k, args.v, args.dout, lse, delta, args.scale)
+        dq = launch_dq(shared, parts)
+        dk, dv = launch_dkdv(shared, parts, transposed)
+    return dq, dk, dv
 
 
 def kernel_parts(plan: AttnPlan) -> list[Part]:
