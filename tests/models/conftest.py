@@ -7,6 +7,7 @@ import warnings
 from functools import lru_cache
 
 import pytest
+import torch
 import transformers
 
 from . import tiny
@@ -39,6 +40,15 @@ def own_case():
         return tiny.Case(copy.deepcopy(case.model), dict(case.inputs), case.rows)
 
     return get
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Matrices of 64 columns: a second thread waits more than it works."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -26,21 +26,13 @@ from torch import Tensor, nn
 from permattn.core import Segment
 from permattn.models import context
 from permattn.models.attention import LAYOUT_KEYWORD, CallCounts, NotCopyable
-from permattn.models.layout import (
-    IMAGE,
-    TEXT,
-    VIDEO,
-    Family,
-    GridPerVideo,
-    Rows,
-    TokenLayout,
-    padding_of_mask,
-)
+from permattn.models.frames import IMAGE, TEXT, VIDEO, GridPerVideo, Rows, Size
+from permattn.models.layout import Family, TokenLayout, padding_of_mask
 
 _GRID_KEYWORDS = {IMAGE: "image_grid_thw", VIDEO: "video_grid_thw"}
 _OBSERVED = ("input_ids", "mm_token_type_ids", *_GRID_KEYWORDS.values())
 
-Sizes = tuple[tuple[int, int, int], ...]
+Sizes = tuple[Size, ...]
 
 
 @dataclass
@@ -48,6 +40,7 @@ class _Seen:
     """What a cache's tokens were: chunked prefill and later turns start from it."""
 
     labels: Tensor | None = None
+    coordinates: Tensor | None = None
     grids: dict[int, Sizes] = field(default_factory=dict)
     rows: Rows | None = None
 
@@ -87,8 +80,8 @@ class LayoutCapture(NotCopyable):
                 base.register_forward_hook(self._leave_base, always_call=True),
             ]
         for kind, name in ((IMAGE, "get_image_features"), (VIDEO, "get_video_features")):
-            self._wrap(base, name, functools.partial(self._see_vision_call, kind))
-        self._wrap(model, "prepare_inputs_for_generation", None)
+            self._wrap(base, name, functools.partial(self._around_vision_call, kind))
+        self._wrap(model, "prepare_inputs_for_generation", self._around_preparation)
         parameters = inspect.signature(text.forward).parameters.values()
         self._takes_keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
 
@@ -103,32 +96,37 @@ class LayoutCapture(NotCopyable):
         context.take_pending(self._owner)
         context.set_explicit(self._owner, None)
 
-    def _wrap(
-        self, module: nn.Module, name: str, see: Callable[[dict[str, Any]], None] | None
-    ) -> None:
-        """Wraps a method of this instance; generate() inspects its signature, which stays."""
+    def _wrap(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
+        """Replaces a method of this instance by `around(original, *args, **kwargs)`."""
         original = getattr(module, name, None)
         if original is None:
             return
-        signature = inspect.signature(original)
 
-        @functools.wraps(original)
+        @functools.wraps(original)  # generate() inspects the signature
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if see is not None:
-                see(signature.bind_partial(*args, **kwargs).arguments)
-                return original(*args, **kwargs)
-            with context.preparing():
-                return original(*args, **kwargs)
+            return around(original, *args, **kwargs)
 
         self._wrapped.append((module, name, module.__dict__.get(name)))
         module.__dict__[name] = wrapper
 
-    def _see_vision_call(self, kind: int, arguments: dict[str, Any]) -> None:
+    def _around_vision_call(
+        self, kind: int, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if torch.compiler.is_compiling():
+            return original(*args, **kwargs)
+        arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
         grid = arguments.get(_GRID_KEYWORDS[kind])
-        if grid is not None and not torch.compiler.is_compiling():
-            context.add_pending(
-                [context.PendingGrid(self._owner, kind, size) for size in _sizes(grid)]
-            )
+        with context.vision_call() as is_outer:
+            if is_outer and grid is not None:
+                context.add_pending(
+                    [context.PendingGrid(self._owner, kind, size) for size in _sizes(grid)]
+                )
+            return original(*args, **kwargs)
+
+    @staticmethod
+    def _around_preparation(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with context.preparing():
+            return original(*args, **kwargs)
 
     def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -206,8 +204,14 @@ class LayoutCapture(NotCopyable):
             self._counts.count_no_labels()
             labels = torch.full((batch, q_len), TEXT)
         seen.labels = _append(seen.labels, labels, q_offset)
-        if self._family.frames is None:
+        rule = self._family.frames
+        if rule is None:
             return ((),) * batch
+        positions = inputs.get("position_ids")
+        if positions is not None and positions.ndim == 3 and positions.shape[1] == batch:
+            # M-RoPE: (frame, height, width), or (text, frame, height, width).
+            place = positions[-2:].permute(1, 2, 0).cpu().int()
+            seen.coordinates = _append(seen.coordinates, place, q_offset)
         grids = {}
         for kind, keyword in _GRID_KEYWORDS.items():
             given = inputs.get(keyword)
@@ -215,7 +219,7 @@ class LayoutCapture(NotCopyable):
             new = new or tuple(grid.size for grid in pending if grid.kind == kind)
             grids[kind] = self._choose(seen.labels, kind, seen.grids.get(kind, ()), new)
         seen.grids = grids
-        return self._family.frames.rows(seen.labels, grids)
+        return rule.rows(seen.labels, grids, seen.coordinates)
 
     def _labels_of(self, inputs: dict[str, Any], batch: int, q_len: int) -> Tensor | None:
         """int64 [B, q_len] on the CPU; None where nothing tells."""
@@ -246,18 +250,14 @@ def _sizes(grid: Tensor) -> Sizes:
     return tuple((t, h, w) for t, h, w in grid.tolist())
 
 
-def _append(before: Tensor | None, labels: Tensor, q_offset: int) -> Tensor:
-    """Labels of the cache's tokens, then of the new ones. Tokens made by decoding are text."""
-    if not q_offset:
-        return labels
-    batch = labels.shape[0]
-    if before is None:
-        before = torch.full((batch, 0), TEXT)
-    if before.shape[0] != batch:
-        before = before.repeat_interleave(batch // before.shape[0], 0)
-    before = before[:, :q_offset]
-    before = torch.nn.functional.pad(before, (0, q_offset - before.shape[1]), value=TEXT)
-    return torch.cat((before, labels), 1)
+def _append(before: Tensor | None, new: Tensor, q_offset: int) -> Tensor:
+    """[B, S, ...]: what is known of the tokens in the cache, then the new ones. Unknown is 0."""
+    batch = new.shape[0]
+    known = new.new_full((batch, q_offset, *new.shape[2:]), TEXT)
+    if before is not None and q_offset:
+        n = min(before.shape[1], q_offset)
+        known[:, :n] = before[:, :n].repeat_interleave(batch // before.shape[0], 0)
+    return torch.cat((known, new), 1)
 
 
 def _repeat(rows: Sequence[Sequence[Segment]], batch: int, kv_len: int) -> Rows:

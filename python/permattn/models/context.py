@@ -12,7 +12,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from permattn.models.layout import Rows, TokenLayout
+from permattn.models.frames import Rows, Size
+from permattn.models.layout import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,13 @@ class PendingGrid:
 
     owner: object
     kind: int
-    size: tuple[int, int, int]
+    size: Size
 
 
 _FRAMES: ContextVar[tuple[_Frame, ...]] = ContextVar("permattn_frames", default=())
 _PREPARING: ContextVar[bool] = ContextVar("permattn_preparing", default=False)
 _OBSERVED: ContextVar[Mapping[str, Any] | None] = ContextVar("permattn_observed", default=None)
+_IN_VISION_CALL: ContextVar[bool] = ContextVar("permattn_in_vision_call", default=False)
 _PENDING: ContextVar[tuple[PendingGrid, ...]] = ContextVar("permattn_pending", default=())
 _EXPLICIT: ContextVar[tuple[tuple[object, Rows], ...]] = ContextVar("permattn_explicit", default=())
 
@@ -73,6 +75,17 @@ def preparing() -> Iterator[None]:
 
 def is_preparing() -> bool:
     return _PREPARING.get()
+
+
+@contextmanager
+def vision_call() -> Iterator[bool]:
+    """Around get_{image,video}_features, which call each other: whether this is the outer one."""
+    is_outer = not _IN_VISION_CALL.get()
+    token = _IN_VISION_CALL.set(True)
+    try:
+        yield is_outer
+    finally:
+        _IN_VISION_CALL.reset(token)
 
 
 def observe(inputs: Mapping[str, Any] | None) -> None:

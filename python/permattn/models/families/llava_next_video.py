@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from permattn.models.layout import Family, FixedFrames
+from permattn.models.frames import FixedFrames
+from permattn.models.layout import Family
 
 MODEL_TYPES = ("llava_next_video",)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from permattn.models.layout import Family, GridPerVideo
+from permattn.models.frames import GridPerVideo
+from permattn.models.layout import Family
 
 MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 

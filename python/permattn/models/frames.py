@@ -1,0 +1,209 @@
+"""From labelled tokens to frame grids: the two ways in which families write videos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from permattn.core import Segment, TokenGrid
+
+TEXT, IMAGE, VIDEO = 0, 1, 2
+
+# Longest text ("Frame12: ", "<12.5 seconds>") between two frames of one video.
+MAX_GAP = 64
+
+Rows = tuple[tuple[Segment, ...], ...]
+Size = tuple[int, int, int]
+Grids = Mapping[int, Sequence[Size]]
+
+
+class FrameRule(Protocol):
+    """How a family's visual tokens form grids. A family may bring a rule of its own."""
+
+    def rows(self, labels: Tensor, grids: Grids, coordinates: Tensor | None) -> Rows:
+        """Segments per batch row.
+
+        Args:
+            labels: int [B, S] on the CPU, TEXT, IMAGE or VIDEO per key position. In chunked prefill
+                the last video may be cut: its whole frames count.
+            grids: (frames, height, width) per IMAGE and VIDEO in prompt order, in patches, where
+                the vision tower was given them.
+            coordinates: int [B, S, 2] on the CPU, (height, width) position of every token, where
+                the model's position ids tell them.
+
+        Returns: what is certain. Tokens that fit no grid are left out and so count as text.
+        """
+
+
+@dataclass(frozen=True)
+class GridPerVideo:
+    """The processor hands over (frames, height, width) for every image and video (Qwen-VL).
+
+    Args:
+        merge: patches per token along height and width.
+    """
+
+    merge: int
+
+    def rows(self, labels: Tensor, grids: Grids, coordinates: Tensor | None) -> Rows:
+        copies = self._copies(labels, grids)
+        if coordinates is not None and not self._is_clear(labels[::copies], grids):
+            return tuple(
+                _sorted(
+                    grid
+                    for kind in (IMAGE, VIDEO)
+                    for grid in grids_from_coordinates(label, place, kind)
+                )
+                for label, place in zip(labels, coordinates, strict=True)
+            )
+        streams = {kind: iter(sizes) for kind, sizes in grids.items()}
+        rows: list[tuple[Segment, ...]] = []
+        for label in labels[::copies]:
+            row: list[TokenGrid] = []
+            for kind, sizes in streams.items():
+                row += self._grids_of_kind((label == kind).nonzero().flatten(), sizes)
+            rows += [_sorted(row)] * copies
+        return tuple(rows)
+
+    def num_tokens(self, sizes: Sequence[Size]) -> int:
+        """Tokens that images or videos of these sizes take in the prompt."""
+        return sum(t * h * w for t, h, w in sizes) // self.merge**2
+
+    def _copies(self, labels: Tensor, grids: Grids) -> int:
+        """How often beams repeated every row: generate() repeats rows, not grids."""
+        batch = labels.shape[0]
+        for kind, sizes in grids.items():
+            want = self.num_tokens(sizes)
+            copies, rest = divmod(int((labels == kind).sum()), max(want, 1))
+            if copies > 1 and rest == 0 and batch % copies == 0:
+                groups = labels.view(-1, copies, labels.shape[1])
+                if bool((groups == groups[:, :1]).all()):
+                    return copies
+        return 1
+
+    def _is_clear(self, labels: Tensor, grids: Grids) -> bool:
+        """Whether the sizes say it all: they fit, or one row is cut by the end of a chunk."""
+        for kind in (IMAGE, VIDEO):
+            tokens, want = int((labels == kind).sum()), self.num_tokens(grids.get(kind, ()))
+            if tokens > want or (tokens < want and labels.shape[0] > 1):
+                return False
+        return True
+
+    def _grids_of_kind(self, token: Tensor, sizes: Iterator[Size]) -> list[TokenGrid]:
+        """Consumes sizes until the tokens of one row are used up."""
+        grids = []
+        used = 0
+        while used < len(token):
+            size = next(sizes, None)
+            if size is None:
+                break
+            frames, height, width = size[0], size[1] // self.merge, size[2] // self.merge
+            per_frame = height * width
+            seen = min(frames, (len(token) - used) // per_frame)
+            frame = token[used : used + seen * per_frame].view(seen, per_frame)
+            if seen and bool((frame[:, -1] - frame[:, 0] == per_frame - 1).all()):
+                grids.append(grid_of_frames(frame[:, 0].tolist(), height, width))
+            used += frames * per_frame
+        return grids
+
+
+@dataclass(frozen=True)
+class FixedFrames:
+    """Every frame takes the same number of tokens, known from the model's config (LLaVA, InternVL).
+
+    Args:
+        height, width: tokens of one frame.
+        tail: tokens after the last frame of a video that belong to no frame (a newline).
+        as_images: frames are written as images, one run each. A video and a series of images look
+            alike then: runs of one frame with at most MAX_GAP tokens between them form one grid.
+    """
+
+    height: int
+    width: int
+    tail: int = 0
+    as_images: bool = False
+
+    def rows(self, labels: Tensor, grids: Grids, coordinates: Tensor | None) -> Rows:
+        build = self._frames_as_images if self.as_images else self._videos
+        return tuple(tuple(build(label)) for label in labels)
+
+    def _videos(self, label: Tensor) -> list[TokenGrid]:
+        per_frame = self.height * self.width
+        grids = []
+        for start, stop in runs(label == VIDEO):
+            frames, rest = divmod(stop - start - self.tail, per_frame)
+            if rest and stop == len(label):
+                frames, rest = (stop - start) // per_frame, 0
+            if frames and not rest:
+                grids.append(TokenGrid(start, frames, self.height, self.width))
+        return grids
+
+    def _frames_as_images(self, label: Tensor) -> list[TokenGrid]:
+        per_frame = self.height * self.width
+        frames = [
+            ([start], self.height, self.width)
+            for start, stop in runs(label == IMAGE)
+            if stop - start == per_frame
+        ]
+        return joined_frames(frames)
+
+
+def grids_from_coordinates(label: Tensor, place: Tensor, kind: int) -> list[TokenGrid]:
+    """Grids of one row from the (height, width) position of every token.
+
+    Args:
+        label: int [S]; runs of `kind` are looked at.
+        place: int [S, 2]; positions count up from any first value, anew in every frame.
+    """
+    found: list[tuple[list[int], int, int]] = []
+    for start, stop in runs(label == kind):
+        here = place[start:stop] - place[start]
+        height, width = (int(x) + 1 for x in here.amax(0))
+        frames = (stop - start) // (height * width)
+        want = torch.arange(frames) * height * width
+        first = (here == 0).all(-1).nonzero().flatten()
+        if not frames or not torch.equal(first[:frames], want):
+            continue
+        if stop == len(label) and frames == 1 and (not found or found[-1][1:] != (height, width)):
+            # The end of a chunk: a cut frame looks like a small one.
+            continue
+        found.append(((start + want).tolist(), height, width))
+    if kind == IMAGE:
+        return [grid_of_frames(*frames) for frames in found]
+    return joined_frames(found)
+
+
+def joined_frames(runs_of_frames: Sequence[tuple[list[int], int, int]]) -> list[TokenGrid]:
+    """One grid per video: neighbours of one size with at most MAX_GAP tokens between them."""
+    videos: list[tuple[list[int], int, int]] = []
+    for starts, height, width in runs_of_frames:
+        if videos:
+            before, *size = videos[-1]
+            gap = starts[0] - (before[-1] + height * width)
+            if size == [height, width] and gap <= MAX_GAP:
+                before += starts
+                continue
+        videos.append((list(starts), height, width))
+    return [grid_of_frames(*video) for video in videos]
+
+
+def grid_of_frames(starts: list[int], height: int, width: int) -> TokenGrid:
+    """A grid from the first token of every frame; `frame_starts` only where there are gaps."""
+    if starts[-1] - starts[0] == (len(starts) - 1) * height * width:
+        return TokenGrid(starts[0], len(starts), height, width)
+    return TokenGrid(starts[0], len(starts), height, width, tuple(starts))
+
+
+def runs(mask: Tensor) -> list[tuple[int, int]]:
+    """[start, stop) of every run of True in a 1-D mask."""
+    edge = torch.diff(torch.nn.functional.pad(mask.to(torch.int8), (1, 1)))
+    starts, stops = (edge == 1).nonzero().flatten(), (edge == -1).nonzero().flatten()
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+
+
+def _sorted(grids) -> tuple[Segment, ...]:
+    return tuple(sorted(grids, key=lambda grid: grid.start))
