@@ -98,7 +98,7 @@ def scaled_dot_product_attention(
         scale: None = 1 / sqrt(D).
         enable_gqa: allow Hkv < Hq (Hq % Hkv == 0).
         pattern: None = dense; an `AttnPlan`; or a function (q, k, is_causal=...) -> AttnPlan that
-            gets 4-D tensors. A plan carries its own causality, so `is_causal` must be False beside one.
+            gets 4-D tensors. A plan carries its own causality: pass is_causal=False beside one.
         backend: see `sparse_attention`.
 
     Returns: [..., Hq, Sq, Dv].
@@ -117,7 +117,7 @@ def scaled_dot_product_attention(
         if backend != "auto":
             raise NotImplementedError(f"backend {backend!r} cannot run an arbitrary attn_mask")
         return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, 0.0, False, scale, enable_gqa
+            query, key, value, attn_mask, scale=scale, enable_gqa=enable_gqa
         )
     if min(query.dim(), key.dim(), value.dim()) < 2:
         raise ValueError(

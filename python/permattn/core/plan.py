@@ -140,7 +140,7 @@ class AttnPlan:
         return max(s[0] for s in shapes), max(s[1] for s in shapes)
 
     def check_values(self) -> None:
-        """Checks every permutation, list and full mark; raises ValueError naming the first fault."""
+        """Checks every permutation, list and full mark; raises ValueError at the first fault."""
         for i, part in enumerate(self.parts):
             try:
                 part.q_perm.validate()

@@ -14,14 +14,17 @@ from permattn.patterns.mminference.probe import (
     column_mass,
     diagonal_mass,
     make_probe,
-    phase_mass,
+    slash_mass,
+    vertical_mass,
 )
 from permattn.patterns.mminference.prompt import Prompt, VideoGrid
 
-# What "auto" asks of a line, as shares of the probe's mass. A set of grid lines must hold that much
-# more than chance; a column or diagonal that many times the mean outside the window, and at least a
-# quarter of what it would hold if all mass were spread evenly.
+# What "auto" asks of a line, as shares of the probe's mass. Everything kept must hold several times
+# what chance would give it. Grid lines must hold some mass at all, and a good part of a vertical line's
+# keys must carry it: a few strong keys are columns. A column or diagonal must hold a quarter of what it
+# would if all mass were spread evenly.
 MIN_GRID_EXCESS = 0.03
+MIN_SPREAD = 0.25
 MIN_TIMES_MEAN = 4.0
 MIN_TIMES_EVEN = 0.25
 
@@ -77,15 +80,16 @@ def choose_lines(q: Tensor, k: Tensor, prompt: Prompt, heads: Sequence[HeadPatte
     grids: list[tuple[GridLines, ...]] = [() for _ in range(batch)]
     if any(h.needs_probe for h in heads) and prompt.num_q > 0:
         probe = make_probe(q, k, prompt, visual=True)
+        mass = column_mass(probe)
         if any(h.seeks_grid for h in heads):
-            grids = [_grid_lines(probe, i, prompt, heads) for i in range(batch)]
+            grids = [_grid_lines(probe, mass, i, prompt, heads) for i in range(batch)]
             v_columns, v_rows = _grid_masks(grids, prompt, heads, device)
             columns, rows = columns | v_columns, rows | v_rows
             per_row = [sum(-(-g.grid.num_tokens // min(g.strides)) for g in row) for row in grids]
             max_columns += max(per_row)
             max_rows += max(per_row)
         if any(h.seeks_columns for h in heads):
-            columns = columns | _top_columns(probe, columns, prompt, heads)
+            columns = columns | _top_columns(probe, mass, columns, prompt, heads)
             max_columns += max(h.vertical for h in heads if h.seeks_columns)
         if any(h.seeks_slashes for h in heads):
             slashes = _top_slashes(probe, grids, prompt, heads)
@@ -128,7 +132,7 @@ def _last_rows(
 
 
 def _grid_lines(
-    probe: Probe, batch_row: int, prompt: Prompt, heads: Sequence[HeadPattern]
+    probe: Probe, mass: Tensor, batch_row: int, prompt: Prompt, heads: Sequence[HeadPattern]
 ) -> tuple[GridLines, ...]:
     """Stride and phase of every head for every video of one batch row.
 
@@ -153,20 +157,33 @@ def _grid_lines(
             [[h.seeks_grid and s in grid.strides(h.strides) for s in strides] for h in heads],
             device=device,
         )
-        masses = phase_mass(probe, batch_row, grid, strides, before)
+        vertical = vertical_mass(mass[batch_row], grid, strides, before)
+        slash = slash_mass(probe, batch_row, grid, strides, before)
+        sums = {"v": [total for total, _ in vertical], "s": slash}
+        spreads = {
+            "v": [spread >= MIN_SPREAD for _, spread in vertical],
+            "s": [torch.ones_like(x, dtype=torch.bool) for x in slash],
+        }
         chosen: dict[str, Tensor] = {}
-        for kind, which in (("v", 0), ("s", 1)):
-            best = [m[which].max(-1) for m in masses]
-            value = torch.stack([b.values for b in best], -1)
-            phase = torch.stack([b.indices for b in best], -1)
-            share = torch.stack([m[which].sum(-1) for m in masses], -1)
-            chance = share / torch.tensor(strides, device=device)
-            score = torch.where(allowed, value - chance, -1.0)
+        size = torch.tensor(strides, device=device)
+        for kind in ("v", "s"):
+            best = [x.max(-1) for x in sums[kind]]
+            value = torch.stack([x.values for x in best], -1)
+            phase = torch.stack([x.indices for x in best], -1)
+            even = torch.stack(
+                [
+                    x.gather(-1, y.indices[:, None])[:, 0]
+                    for x, y in zip(spreads[kind], best, strict=True)
+                ],
+                -1,
+            )
+            chance = torch.stack([x.sum(-1) for x in sums[kind]], -1) / size
+            worth = even & (value - chance >= MIN_GRID_EXCESS) & (value >= MIN_TIMES_MEAN * chance)
+            score = torch.where(allowed & (forced[:, None] | worth), value - chance, -1.0)
             # Ties go to the first candidate, as max does.
             excess, pick = score.max(-1)
-            use = wants[kind] & (excess >= 0) & (forced | (excess >= MIN_GRID_EXCESS))
-            stride = torch.tensor(strides, device=device)[pick]
-            chosen[f"{kind}_stride"] = torch.where(use, stride, 0).int()
+            use = wants[kind] & (excess >= 0)
+            chosen[f"{kind}_stride"] = torch.where(use, size[pick], 0).int()
             chosen[f"{kind}_phase"] = phase.gather(-1, pick[:, None])[:, 0].int()
         found.append(GridLines(grid, strides=strides, **chosen))
     return tuple(found)
@@ -199,14 +216,14 @@ def _grid_masks(
 
 
 def _top_columns(
-    probe: Probe, taken: Tensor, prompt: Prompt, heads: Sequence[HeadPattern]
+    probe: Probe, mass: Tensor, taken: Tensor, prompt: Prompt, heads: Sequence[HeadPattern]
 ) -> Tensor:
     """The strongest columns that are not taken, bool [B, Hq, Skv]."""
     device = probe.q.device
     key = torch.arange(prompt.num_kv, device=device)
     # The window of the probe's last row holds nearer keys anyway.
     outside = key <= probe.position[:, -1:, None] - per_head(heads, "local", device)[:, None]
-    mass = column_mass(probe).masked_fill_(taken | ~outside, 0.0)
+    mass = mass.masked_fill(taken | ~outside, 0.0)
     budget = [h.vertical if h.seeks_columns else 0 for h in heads]
     index, keep = _strongest(mass, outside, budget, heads, MIN_TIMES_EVEN / prompt.num_kv)
     return torch.zeros_like(taken).scatter_(-1, index, keep)

@@ -117,18 +117,41 @@ def diagonal_mass(probe: Probe) -> Tensor:
     return torch.where(inside[:, None], skew.gather(-1, place), 0.0) / rows
 
 
-def phase_mass(
-    probe: Probe, batch_row: int, grid: VideoGrid, strides: tuple[int, ...], before: int
+def vertical_mass(
+    mass: Tensor, grid: VideoGrid, strides: tuple[int, ...], before: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Mass on every vertical and every slash line of each stride, over the keys before a position.
+    """Mass on every vertical line of each stride, over the keys before a position.
+
+    Args:
+        mass: float32 [Hq, Skv], see `column_mass`.
+        strides, before: see `slash_mass`.
+
+    Returns: per stride (sum, spread), each [Hq, stride]: sum[p] adds keys of rank p modulo the stride;
+        spread[p] is the share of the line's keys that carry it (1 = all alike, 1 / n = a single one).
+    """
+    count = int(torch.searchsorted(grid.host_tokens, max(before, 0)))
+    on_grid = mass.index_select(-1, grid.token_of_rank[:count])
+    found = []
+    for stride in strides:
+        lines = torch.nn.functional.pad(on_grid, (0, -count % stride)).unflatten(-1, (-1, stride))
+        total = lines.sum(-2)
+        members = max(1, lines.shape[-2])
+        square = members * lines.square().sum(-2)
+        found.append((total, total.square() / square.clamp_min(torch.finfo(square.dtype).tiny)))
+    return found
+
+
+def slash_mass(
+    probe: Probe, batch_row: int, grid: VideoGrid, strides: tuple[int, ...], before: int
+) -> list[Tensor]:
+    """Mass on every slash line of each stride, over the keys before a position.
 
     Args:
         strides: candidate strides in visual tokens.
         before: keys at or past this position are left out (the local window finds those anyway).
 
-    Returns: per stride (vertical [Hq, stride], slash [Hq, stride]): vertical[p] sums keys of rank p
-        modulo the stride; slash[c] sums pairs whose rank difference is c modulo the stride, over
-        the probe rows that stand in the grid.
+    Returns: per stride [Hq, stride]: entry c sums pairs whose rank difference is c modulo the stride,
+        over the probe rows that stand in the grid.
     """
     heads, rows = probe.heads, probe.position.shape[1]
     device = probe.q.device
@@ -157,7 +180,7 @@ def phase_mass(
     for total, stride in zip(sums, strides, strict=True):
         phase = (known[:, None] - torch.arange(stride, device=device)) % stride
         slash = total.gather(-1, phase.expand(heads, -1, -1))
-        found.append((total.mean(1), (slash * weight[:, None]).sum(1)))
+        found.append((slash * weight[:, None]).sum(1))
     return found
 
 

@@ -1,0 +1,205 @@
+"""Every plan against a dense boolean mask that is written apart from the planner."""
+
+import pytest
+import torch
+from permattn import TextRun, TokenGrid, plan_prefill, sparse_attention
+from permattn.patterns.mminference import (
+    HeadPattern,
+    plan_a_shape,
+    plan_grid_prefill,
+    plan_tri_shape,
+    plan_vertical_slash,
+)
+from permattn.patterns.mminference.lines import choose_lines
+from permattn.patterns.mminference.prompt import describe_prompt
+from permattn.testing import masked_attention, visible_pairs
+
+VIDEO = TokenGrid(7, 12, 4, 5)
+SECOND = TokenGrid(256, 6, 3, 4)
+STAMPED = TokenGrid(10, 8, 3, 4, frame_starts=tuple(10 + i * 17 + i % 3 for i in range(8)))
+IMAGE = TokenGrid(20, 1, 6, 6)
+
+HEADS = {
+    "grid": [
+        HeadPattern("grid", sink=4, local=20, last=10),
+        HeadPattern("grid", sink=0, local=20, last=0, h=False),
+        HeadPattern("grid", sink=3, local=33, s=False),
+        HeadPattern("grid", sink=3, local=9, v=False, h=False, strides=(7, "row")),
+    ],
+    "mixed": [
+        HeadPattern("auto", sink=4, local=16, vertical=30, slash=4),
+        HeadPattern("vertical_slash", sink=4, local=16, vertical=30, slash=4),
+        HeadPattern("a_shape", sink=9, local=40),
+        HeadPattern("tri_shape", sink=9, local=40, last=30),
+    ],
+    "dense-among-sparse": [
+        HeadPattern("dense"),
+        HeadPattern("a_shape", sink=0, local=1),
+        HeadPattern("dense", sink=0),
+        HeadPattern("grid", local=5),
+    ],
+    "slash-at-every-lag": [HeadPattern("vertical_slash", sink=0, local=1, vertical=9, slash=7)] * 4,
+}
+PROMPTS = {
+    "two-videos": (350, 350, [[TextRun(0, 7), VIDEO, SECOND]]),
+    "chunk": (150, 350, [[VIDEO, SECOND]]),
+    "chunk-after-the-video": (20, 350, [[VIDEO]]),
+    "timestamps": (170, 170, [[STAMPED]]),
+    "image-only": (90, 90, [[IMAGE]]),
+    "text-only": (333, 333, None),
+    "one-token": (1, 1, None),
+    "last-token": (1, 260, [[VIDEO]]),
+    "cut-video": (100, 100, [[VIDEO]]),
+}
+
+
+def prompt_of(sq, skv, rows, batch, left, right):
+    rows = [()] * batch if rows is None else rows
+    zero = (0,) * batch
+    segments = tuple(tuple(r) for r in rows)
+    return describe_prompt(segments, sq, skv, left or zero, right or zero, torch.device("cpu"))
+
+
+def wanted(lines, prompt, heads):
+    """What must be seen: bool [B, H, Sq, Skv], and what may be seen at all."""
+    i = torch.arange(prompt.num_q) + prompt.q_offset
+    j = torch.arange(prompt.num_kv)
+    lag = i[:, None] - j
+    want = torch.zeros(prompt.batch, len(heads), prompt.num_q, prompt.num_kv, dtype=torch.bool)
+    legal = want.clone()
+    for b in range(prompt.batch):
+        keys = (j >= prompt.first[b]) & (j < prompt.stop[b])
+        queries = (i >= prompt.first[b]) & (i < prompt.stop[b])
+        legal[b] = (lag >= 0) & keys & queries[:, None]
+        for h, head in enumerate(heads):
+            local = prompt.num_kv if head.pattern == "dense" else head.local
+            mask = (lag < local) | lines.columns[b, h] | lines.rows[b, h][:, None]
+            for slash in lines.slashes[b, h].tolist():
+                mask |= (lag == slash) & (slash >= 0)
+            for video in lines.grids[b]:
+                stride = int(video.s_stride[h])
+                if stride:
+                    rank = torch.full((prompt.num_kv,), -1)
+                    rank[video.grid.host_tokens] = torch.arange(video.grid.num_tokens)
+                    both = (rank[i] >= 0)[:, None] & (rank >= 0)
+                    mask |= both & ((rank[i][:, None] - rank) % stride == int(video.s_phase[h]))
+            want[b, h] = mask & legal[b, h]
+    return want, legal
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("name", PROMPTS)
+def test_plan_equals_its_mask(name, kind):
+    sq, skv, rows = PROMPTS[name]
+    heads = HEADS[kind]
+    torch.manual_seed(len(name))
+    q, k = torch.randn(1, 4, sq, 16) * 2, torch.randn(1, 2, skv, 16) * 2
+    plan = plan_prefill(q, k, rows, heads)
+    plan.check_values()
+    seen = visible_pairs(plan, 1, 4)
+    assert seen.max() == 1, "parts must be disjoint"
+    prompt = prompt_of(sq, skv, rows, 1, None, None)
+    lines = choose_lines(q, k, prompt, heads)
+    want, legal = wanted(lines, prompt, heads)
+    assert not ((seen > 0) & ~legal).any(), "only causal pairs"
+    assert not (want & (seen == 0)).any(), "every wanted pair"
+    # A diagonal covers whole granules; every other pattern is exact to the pair.
+    exact = ~(lines.slashes >= 0).any(-1)
+    assert torch.equal((seen > 0)[exact], want[exact])
+
+
+@pytest.mark.parametrize("kind", ["grid", "mixed"])
+def test_batch_with_padding(kind):
+    torch.manual_seed(1)
+    heads = HEADS[kind]
+    q, k, v = torch.randn(2, 4, 200, 16), torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 16)
+    left, right = (3, 150), (0, 17)
+    rows = [[VIDEO], [TokenGrid(160, 9, 2, 6)]]
+    plan = plan_prefill(q, k, rows, heads, left_pad=left, right_pad=right)
+    plan.check_values()
+    seen = visible_pairs(plan, 2, 4)
+    prompt = prompt_of(200, 300, rows, 2, left, right)
+    want, legal = wanted(choose_lines(q, k, prompt, heads), prompt, heads)
+    assert seen.max() == 1 and not ((seen > 0) & ~legal).any()
+    assert not (want & (seen == 0)).any()
+    out = sparse_attention(q, k, v, plan)
+    exact, _ = masked_attention(*(x.double() for x in (q, k, v)), seen > 0, 0.25)
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
+    assert (out[1, :, -17:] == 0).all() and (out[1, :, :50] == 0).all()
+
+
+@pytest.mark.parametrize("n", [1, 17, 200])
+def test_static_patterns_are_what_they_say(n):
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    a_shape = (j <= i) & ((j < 9) | (i - j < 30))
+    plan = plan_a_shape(n, sink=9, local=30)
+    assert plan.leading_sizes() == (1, 1)
+    assert torch.equal(visible_pairs(plan, 1, 1)[0, 0] == 1, a_shape)
+    tri = a_shape | ((j <= i) & (i >= n - 12))
+    plan = plan_tri_shape(n, sink=9, local=30, last=12)
+    assert torch.equal(visible_pairs(plan, 1, 1)[0, 0] == 1, tri)
+
+
+def test_vertical_slash_keeps_the_strongest():
+    torch.manual_seed(0)
+    n, head_dim = 400, 32
+    q, k = torch.randn(1, 1, n, head_dim) * 0.1, torch.randn(1, 1, n, head_dim) * 0.1
+    q[..., 0] += 6.0
+    for column in (100, 171):
+        k[:, :, column, 0] += 8.0
+    plan = plan_vertical_slash(q, k, vertical=2, slash=0, local=20, sink=0)
+    seen = visible_pairs(plan, 1, 1)[0, 0]
+    assert (seen[200:, [100, 171]] == 1).all()
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    other = (j <= i) & (i - j >= 20) & (j != 100) & (j != 171)
+    assert not seen[other].any()
+
+
+def test_a_text_tail_after_the_video_is_dense():
+    torch.manual_seed(0)
+    video = TokenGrid(0, 10, 3, 4)
+    q = torch.randn(1, 2, 220, 16)
+    plan = plan_grid_prefill(q, q, [video], HeadPattern(local=8, last=4, sink=1))
+    seen = visible_pairs(plan, 1, 2)
+    tail = torch.arange(120, 220)
+    assert torch.equal(seen[0, 0, tail] == 1, torch.arange(220) <= tail[:, None])
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda q: plan_prefill(q, q[:, :, :4], None, [HeadPattern()] * 4), r"q: .*\(4\), got 8"),
+        (lambda q: plan_prefill(q, q, None, [HeadPattern()] * 3), "heads: wants 4 patterns, got 3"),
+        (lambda q: plan_prefill(q, q[:, :3], None, [HeadPattern()] * 4), "Hq % Hkv"),
+        (lambda q: plan_prefill(q, q, [[]] * 2, [HeadPattern()] * 4), r"rows: .*\(1\), got 2"),
+        (
+            lambda q: plan_prefill(q, q, None, [HeadPattern()] * 4, left_pad=[9]),
+            "left_pad, right_pad: .* 8 keys",
+        ),
+        (
+            lambda q: plan_prefill(q, q, [[TextRun(99, 1)]], [HeadPattern()] * 4),
+            "starts at 99, past the 8 keys",
+        ),
+        (lambda q: HeadPattern("gird"), "pattern: wants one of .* got 'gird'"),
+        (lambda q: HeadPattern(local=0), "local: wants an integer >= 1, got 0"),
+        (lambda q: HeadPattern(sink=-1), "sink: wants an integer >= 0, got -1"),
+        (lambda q: HeadPattern(strides=("column",)), "strides: wants 'frame', 'row'"),
+        (lambda q: plan_a_shape(9, num_kv_tokens=5), "Sq = 9, Skv = 5"),
+    ],
+    ids=[
+        "q",
+        "heads",
+        "gqa",
+        "rows",
+        "pads",
+        "segment",
+        "name",
+        "local",
+        "sink",
+        "stride",
+        "static",
+    ],
+)
+def test_bad_input_is_named(call, match):
+    with pytest.raises(ValueError, match=match):
+        call(torch.randn(1, 4, 8, 16))
