@@ -1,0 +1,1 @@
+"""The bench: cases as data, a correctness gate, quiet timing, documents made from results."""

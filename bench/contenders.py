@@ -1,0 +1,130 @@
+"""From a case to callables: inputs, plans, and what each contender computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import permattn
+import torch
+from permattn.backends import BACKENDS, resolve
+from permattn.core import AttnPlan, FwdArgs, Problem, Segment, TextRun, TokenGrid
+from permattn.patterns.mminference import plan_grid_prefill
+from torch import Tensor
+
+from bench import baselines
+from bench.plans import PlanBuilder, num_pairs
+from bench.registry import Case, Run, Shape
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """What one run computes: a call, the plan behind it (None = dense torch), and its work."""
+
+    call: Callable[[], object]
+    plan: AttnPlan | None
+    pairs: float
+    flops: float
+    judged: bool
+
+
+@dataclass
+class Bench:
+    """The inputs of one case and the contenders made from them; plans are built once and shared."""
+
+    case: Case
+    backend: str
+    threads: int
+    q: Tensor = field(init=False)
+    k: Tensor = field(init=False)
+    v: Tensor = field(init=False)
+    plans: dict[PlanBuilder, AttnPlan] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.q, self.k, self.v = make_inputs(self.case.shape)
+
+    def plan_of(self, builder: PlanBuilder) -> AttnPlan:
+        if builder not in self.plans:
+            shape = self.case.shape
+            self.plans[builder] = builder(shape.num_tokens, shape.num_q_heads)
+        return self.plans[builder]
+
+    def contender(self, run: Run) -> Contender:
+        if run.kind == "sdpa":
+            call: Callable[[], object] = baselines.sdpa(self.q, self.k, self.v, causal=run.causal)
+            return self._finished(run, call, None)
+        if run.kind in ("plan", "planned"):
+            return self._planner(run)
+        assert run.plan is not None
+        plan = self.plan_of(run.plan)
+        if run.kind == "flex":
+            return self._finished(run, baselines.flex(self.q, self.k, self.v, plan), plan)
+        if run.kind == "kernel":
+            return self._finished(run, self._kernel(plan), plan)
+        return self._finished(run, self._attend(plan), plan)
+
+    def _attend(self, plan: AttnPlan) -> Callable[[], Tensor]:
+        return lambda: permattn.sparse_attention(self.q, self.k, self.v, plan, backend=self.backend)
+
+    def _kernel(self, plan: AttnPlan) -> Callable[[], Tensor]:
+        """The backend alone: no validation, no operator."""
+        problem = Problem.of(self.q, self.k, self.v, plan, needs_grad=False)
+        backend = BACKENDS[resolve(problem, self.backend)]
+        args = FwdArgs(self.q, self.k, self.v, plan, self.q.shape[3] ** -0.5)
+        return lambda: backend.forward(args)[0]
+
+    def _planner(self, run: Run) -> Contender:
+        segments = video_segments(self.case.shape.num_tokens)
+
+        def make() -> AttnPlan:
+            return plan_grid_prefill(self.q, self.k, segments)
+
+        def make_and_attend() -> Tensor:
+            return permattn.sparse_attention(self.q, self.k, self.v, make(), backend=self.backend)
+
+        return self._finished(run, make_and_attend if run.kind == "planned" else make, make())
+
+    def _finished(self, run: Run, call: Callable[[], object], plan: AttnPlan | None) -> Contender:
+        if run.threads is not None:
+            call = _with_threads(call, run.threads)
+        shape = self.case.shape
+        heads = shape.batch * shape.num_q_heads
+        n = shape.num_tokens
+        pairs = heads * (n * (n + 1) / 2 if run.causal else float(n * n))
+        if plan is not None:
+            pairs = num_pairs(plan, shape.batch, shape.num_q_heads)
+        flops = 0.0 if run.kind == "plan" else 4.0 * pairs * shape.head_dim
+        return Contender(call, plan, pairs, flops, judged=run.kind not in ("sdpa", "plan"))
+
+
+def make_inputs(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Seeded normal q, k, v: never zeros, which run faster than data does."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int) -> Tensor:
+        x = torch.randn(shape.batch, heads, shape.num_tokens, shape.head_dim, generator=generator)
+        return x.to(DTYPES[shape.dtype])
+
+    return draw(shape.num_q_heads), draw(shape.num_kv_heads), draw(shape.num_kv_heads)
+
+
+def video_segments(num_tokens: int) -> tuple[Segment, ...]:
+    """A prompt: 64 tokens of text, a video of 16 x 16 tokens a frame, and text to the end."""
+    height = width = 16
+    frames = (num_tokens - 128) // (height * width)
+    video = TokenGrid(64, frames, height, width)
+    return TextRun(0, 64), video, TextRun(video.stop, num_tokens - video.stop)
+
+
+def _with_threads(call: Callable[[], object], threads: int) -> Callable[[], object]:
+    def run() -> object:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(before)
+
+    return run

@@ -1,0 +1,150 @@
+"""`python -m bench.run`: checks every contender, then times it, prints a table and writes JSONL.
+
+A result outside the float64 bound is not timed, and makes the run fail. A target that is missed
+does not: losses are published too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench.clock import Timing, measure
+from bench.contenders import Bench
+from bench.gate import judge
+from bench.machine import ROOT, commit, describe, utc_now
+from bench.memory import measure_memory
+from bench.registry import CASES, QUICK, Case
+from bench.results import DEFAULT_FILE, Row, merge
+from bench.table import print_case, print_summary
+
+QUICK_TIMING = Timing(rounds=2, max_rounds=2, min_seconds=0.02)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("cases", nargs="*", metavar="CASE", help="names or patterns such as 'bf16-*'; all if none")
+    add("--list", action="store_true", help="list the cases and stop")
+    add("--quick", action="store_true", help="a small smoke run: few cases, few tokens, not saved")
+    add("--backend", default="auto", help="auto, cpu, triton or reference (default: auto)")
+    add("--threads", type=int, default=None, help="torch threads (default: all cores)")
+    add("--rounds", type=int, default=7, help="quiet samples of each contender (default: 7)")
+    add("--max-rounds", type=int, default=None, help="rounds at most (default: 3 x rounds)")
+    add("--no-flex", action="store_true", help="leave out compiled FlexAttention")
+    add("--out", type=Path, default=None, help=f"JSONL file (default: {DEFAULT_FILE})")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the bench. Returns 0; 1 when a result is wrong; 2 for bad arguments."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    cases = _selected(args)
+    if args.list:
+        for case in CASES:
+            console.print(f"{case.name:14} {case.title} ({case.shape})", highlight=False)
+        return 0
+    if not cases:
+        console.print(f"no case matches {args.cases}; --list names them")
+        return 2
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    timing = Timing(args.rounds, args.max_rounds or 3 * args.rounds)
+    rows = []
+    for case in cases:
+        row = run_case(case, args.backend, QUICK_TIMING if args.quick else timing, console)
+        print_case(console, row)
+        rows.append(row)
+        out = args.out or (None if args.quick else ROOT / DEFAULT_FILE)
+        if out is not None and row.is_right:
+            merge(out, row)  # after each case, so that an interrupted run keeps what it has
+    print_summary(console, rows)
+    return 0 if all(row.is_right for row in rows) else 1
+
+
+def run_case(case: Case, backend: str, timing: Timing, console: Console) -> Row:
+    """Gate first, then time."""
+    threads = torch.get_num_threads()
+    head, dirty = commit()
+    row = Row(
+        case=case.name,
+        group=case.group,
+        title=case.title,
+        shape=str(case.shape),
+        backend=backend,
+        machine=describe(threads),
+        commit=head,
+        dirty=dirty,
+        utc=utc_now(),
+    )
+    if case.probe == "memory":
+        _probe_memory(case, backend, threads, row)
+    else:
+        _probe_time(case, backend, timing, row, console)
+    return row
+
+
+def _probe_time(case: Case, backend: str, timing: Timing, row: Row, console: Console) -> None:
+    bench = Bench(case, backend, row.machine["threads"])
+    contenders = {}
+    for run in case.runs:
+        if run.threads is not None and run.threads > row.machine["threads"]:
+            continue
+        contender = bench.contender(run)
+        if contender.judged:
+            out = contender.call()
+            assert isinstance(out, torch.Tensor) and contender.plan is not None
+            verdict = judge(out, bench.q, bench.k, bench.v, contender.plan)
+            row.add_verdict(run.name, verdict)
+            if not verdict.ok:
+                continue
+        contenders[run.name] = contender
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(case.name, total=len(contenders) * timing.rounds)
+        samples = measure(
+            {name: c.call for name, c in contenders.items()},
+            timing,
+            lambda name: progress.update(task, advance=1, description=f"{case.name} {name}"),
+        )
+    for name, contender in contenders.items():
+        density = contender.plan.density(causal=False) if contender.plan is not None else None
+        row.add_run(name, samples[name], contender.flops, contender.pairs, density)
+    for goal in case.goals:
+        row.add_goal(goal)
+
+
+def _probe_memory(case: Case, backend: str, threads: int, row: Row) -> None:
+    facts = measure_memory(case, backend, threads)
+    name = case.runs[0].name
+    row.gate[name] = {x: facts[x] for x in ("error", "torchs", "bound", "ok")}
+    row.runs[name] = {
+        "ms": facts["ms"],
+        "gflop": facts["flops"] / 1e9,
+        "gflops": facts["flops"] / facts["ms"] / 1e6,
+        "density": facts["density"],
+        "peak_gb": facts["peak_gb"],
+        "before_gb": facts["before_gb"],
+    }
+    for goal in case.goals:
+        row.add_value(goal, facts["peak_gb"])
+
+
+def _selected(args: argparse.Namespace) -> list[Case]:
+    patterns = args.cases or ["*"]
+    cases = [c for c in CASES if any(fnmatch.fnmatch(c.name, p) for p in patterns)]
+    if args.quick:
+        return [c.small() for c in cases if c.name in QUICK]
+    return [c.without_flex() for c in cases] if args.no_flex else cases
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
