@@ -20,9 +20,9 @@ from permattn.patterns.mminference.probe import (
 from permattn.patterns.mminference.prompt import Prompt, VideoGrid
 
 # What "auto" asks of a line, as shares of the probe's mass. Everything kept must hold several times
-# what chance would give it. Grid lines must hold some mass at all, and a good part of a vertical line's
-# keys must carry it: a few strong keys are columns. A column or diagonal must hold a quarter of what it
-# would if all mass were spread evenly.
+# what chance would give it. Grid lines must hold some mass at all, and a good part of a vertical
+# line's keys must carry it: a few strong keys are columns. A column or diagonal must hold a quarter
+# of what it would if all mass were spread evenly.
 MIN_GRID_EXCESS = 0.03
 MIN_SPREAD = 0.25
 MIN_TIMES_MEAN = 4.0
@@ -92,7 +92,7 @@ def choose_lines(q: Tensor, k: Tensor, prompt: Prompt, heads: Sequence[HeadPatte
             columns = columns | _top_columns(probe, mass, columns, prompt, heads)
             max_columns += max(h.vertical for h in heads if h.seeks_columns)
         if any(h.seeks_slashes for h in heads):
-            slashes = _top_slashes(probe, grids, prompt, heads)
+            slashes = _top_slashes(probe, columns, grids, prompt, heads)
     return Lines(
         columns,
         min(max_columns, prompt.num_kv),
@@ -170,13 +170,8 @@ def _grid_lines(
             best = [x.max(-1) for x in sums[kind]]
             value = torch.stack([x.values for x in best], -1)
             phase = torch.stack([x.indices for x in best], -1)
-            even = torch.stack(
-                [
-                    x.gather(-1, y.indices[:, None])[:, 0]
-                    for x, y in zip(spreads[kind], best, strict=True)
-                ],
-                -1,
-            )
+            pairs = zip(spreads[kind], best, strict=True)
+            even = torch.stack([x.gather(-1, y.indices[:, None])[:, 0] for x, y in pairs], -1)
             chance = torch.stack([x.sum(-1) for x in sums[kind]], -1) / size
             worth = even & (value - chance >= MIN_GRID_EXCESS) & (value >= MIN_TIMES_MEAN * chance)
             score = torch.where(allowed & (forced[:, None] | worth), value - chance, -1.0)
@@ -231,18 +226,20 @@ def _top_columns(
 
 def _top_slashes(
     probe: Probe,
+    columns: Tensor,
     grids: Sequence[tuple[GridLines, ...]],
     prompt: Prompt,
     heads: Sequence[HeadPattern],
 ) -> Tensor:
     """Lags of the strongest diagonals outside the window, int64 [B, Hq, n]; -1 = none.
 
-    A head with grid slash lines keeps no diagonals: its lines hold them already.
+    Mass on kept columns does not count: a strong column crosses every diagonal. A head with grid
+    slash lines keeps no diagonals: its lines hold them already.
     """
     device = probe.q.device
     lag = torch.arange(prompt.num_kv, device=device)
     outside = lag >= per_head(heads, "local", device)[:, None]
-    mass = torch.where(outside, diagonal_mass(probe), 0.0)
+    mass = torch.where(outside, diagonal_mass(probe, columns), 0.0)
     lined = torch.zeros(prompt.batch, len(heads), dtype=torch.bool, device=device)
     for i, row in enumerate(grids):
         for lines in row:

@@ -98,13 +98,19 @@ def column_mass(probe: Probe) -> Tensor:
     return mass
 
 
-def diagonal_mass(probe: Probe) -> Tensor:
-    """float32 [B, Hq, Skv]: the probe's mass at every lag (row position - key position)."""
+def diagonal_mass(probe: Probe, without: Tensor | None = None) -> Tensor:
+    """float32 [B, Hq, Skv]: the probe's mass at every lag (row position - key position).
+
+    Args:
+        without: bool [B, Hq, Skv], keys whose mass does not count.
+    """
     rows = probe.position.shape[1]
     batch, heads, num_kv = probe.q.shape[0], probe.heads, probe.prompt.num_kv
     skew = torch.zeros(batch, heads, num_kv + rows, device=probe.q.device)
     for start, stop, p in probe.chunks():
         n = stop - start
+        if without is not None:
+            p = p.masked_fill(without[:, :, None, start:stop], 0.0)
         # Row r of the flipped matrix, shifted right by r: a flat reshape with one column less.
         flat = torch.nn.functional.pad(p.flip(2), (0, rows)).flatten(2)
         flat = flat[..., : rows * (n + rows - 1)].view(batch, heads, rows, n + rows - 1)
@@ -126,8 +132,8 @@ def vertical_mass(
         mass: float32 [Hq, Skv], see `column_mass`.
         strides, before: see `slash_mass`.
 
-    Returns: per stride (sum, spread), each [Hq, stride]: sum[p] adds keys of rank p modulo the stride;
-        spread[p] is the share of the line's keys that carry it (1 = all alike, 1 / n = a single one).
+    Returns: per stride (sum, spread), each [Hq, stride]: sum[p] adds keys of rank p modulo the
+        stride; spread[p] is the share of the line's keys that carry it (1 = all, 1 / n = one).
     """
     count = int(torch.searchsorted(grid.host_tokens, max(before, 0)))
     on_grid = mass.index_select(-1, grid.token_of_rank[:count])
@@ -150,8 +156,8 @@ def slash_mass(
         strides: candidate strides in visual tokens.
         before: keys at or past this position are left out (the local window finds those anyway).
 
-    Returns: per stride [Hq, stride]: entry c sums pairs whose rank difference is c modulo the stride,
-        over the probe rows that stand in the grid.
+    Returns: per stride [Hq, stride]: entry c sums pairs whose rank difference is c modulo the
+        stride, over the probe rows that stand in the grid.
     """
     heads, rows = probe.heads, probe.position.shape[1]
     device = probe.q.device
