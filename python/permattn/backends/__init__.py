@@ -1,7 +1,7 @@
-"""Backends compete: each says why it cannot run a problem; nobody falls back behind the caller's back.
+"""Backends compete: each says why it cannot run a problem; a named one never falls back.
 
-A backend is a module in this folder with `NAME`, `why_not`, `forward` and `backward`. Modules import
-nothing heavy at the top: kernels are imported inside functions.
+A backend is a module in this folder with `NAME`, `why_not`, `forward` and `backward`. Modules
+import nothing heavy at the top: kernels are imported inside functions.
 """
 
 from __future__ import annotations

@@ -95,8 +95,9 @@ def token_is_visible(q_token: Tensor, kv_token: Tensor, band: TokenBand) -> Tens
 class _Tile:
     """One query block of one part, all batch rows and heads at once, with its listed keys padded.
 
-    Every working tensor has one spare row of zeros at its end. Holes, padding, and keys that no query
-    of the tile may see point there: they read zeros (so a NaN nobody sees stays out) and write waste.
+    Every working tensor has one spare row of zeros at its end. Holes, padding, and keys that no
+    query of the tile may see point there: they read zeros (so a NaN nobody sees stays out) and
+    write waste.
     """
 
     q_row: Tensor  # int64 [B, Hq, block_q]
