@@ -49,7 +49,7 @@ def block_mask(plan: AttnPlan) -> BlockMask:
         raise NotImplementedError("FlexAttention has no permuted keys and no second part")
     count, padded = _padded(part.index, plan.num_kv_tokens)
     num_full = part.index.kv_num_full
-    column = torch.arange(padded.shape[-1])
+    column = torch.arange(padded.shape[-1], device=padded.device)
     # Full entries stand first in our rows: the partial ones are the row moved left by their number.
     shifted = (column + num_full[..., None]).clamp_max(padded.shape[-1] - 1)
     partial = padded.gather(-1, shifted.long())
@@ -79,7 +79,7 @@ def _padded(index: BlockIndex, num_kv_tokens: int) -> tuple[Tensor, Tensor]:
     """Compressed rows as (counts [Bx, Hx, nQ], padded [Bx, Hx, nQ, nKV]), order kept."""
     count = index.row_offsets[..., 1:] - index.row_offsets[..., :-1]
     width = -(-num_kv_tokens // index.block_kv)
-    place = index.row_offsets[..., :-1, None] + torch.arange(width)
+    place = index.row_offsets[..., :-1, None] + torch.arange(width, device=count.device)
     place = place.clamp_max(max(index.capacity - 1, 0)).long()
     rows = index.kv_indices[:, :, None].expand(*count.shape, -1)
     return count, rows.gather(-1, place)

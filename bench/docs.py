@@ -1,0 +1,105 @@
+"""`python -m bench.docs`: documents made from bench/results; `--check` says whether they agree.
+
+docs/performance.md is written whole. In README.md, only what stands between markers is:
+`<!-- bench: cpu.jsonl/CASE/goals/NAME/value .1f -->7.3<!-- /bench -->` for a number of a results
+file, and `<!-- bench: table -->` ... `<!-- /bench -->` for the table of speed-ups.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.machine import ROOT
+from bench.pages import performance_page, speed_table
+from bench.results import load
+
+RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
+_MARK = re.compile(r"(<!-- bench: (?P<what>[^>]+?) -->)(?P<text>.*?)(<!-- /bench -->)", re.DOTALL)
+_MISSING = "not measured"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the documents; with --check writes nothing and returns 1 when they differ."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args not in ([], ["--check"]):
+        print("usage: python -m bench.docs [--check]", file=sys.stderr)
+        return 2
+    stale = []
+    for path, text in documents().items():
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(path.relative_to(ROOT).as_posix())
+        if not args:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    rows = load(RESULTS / "cpu.jsonl")
+    if not args and any(row.group == "speed" for row in rows):
+        from bench.plot import plot
+
+        plot(rows, RESULTS / "cpu.png")
+    for name in stale:
+        print(f"{name}: {'differs from bench/results' if args else 'written'}")
+    return 1 if args and stale else 0
+
+
+def documents() -> dict[Path, str]:
+    """Every generated document and what it must say."""
+    made = {PAGE: performance_page(RESULTS)}
+    if README.exists():
+        made[README] = fill(README.read_text(encoding="utf-8"), RESULTS)
+    return made
+
+
+def fill(text: str, results: Path) -> str:
+    """Replaces what stands between markers by what the results say."""
+
+    def one(match: re.Match[str]) -> str:
+        what = match["what"].strip()
+        if what == "table":
+            value = f"\n{speed_table(load(results / 'cpu.jsonl'))}\n"
+        else:
+            value = look_up(what, results)
+        return f"{match[1]}{value}{match[4]}"
+
+    return _MARK.sub(one, text)
+
+
+def look_up(what: str, results: Path) -> str:
+    """The number behind "FILE/KEY/KEY FORMAT"; a JSONL file's first key is a case.
+
+    Raises:
+        ValueError: not of that form, or a file that is there has no such key.
+    """
+    place, _, style = what.rpartition(" ")
+    name, *keys = place.split("/")
+    if not keys:
+        raise ValueError(f"bench marker: wants 'FILE/KEY/... FORMAT', got {what!r}")
+    path = results / name
+    if not path.exists():
+        return _MISSING
+    value: Any
+    if path.suffix == ".jsonl":
+        value = {row.case: vars(row) for row in load(path)}
+    else:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    for key in keys:
+        value = value[int(key)] if isinstance(value, list) else value.get(key)
+        if value is None:
+            raise ValueError(f"bench marker: {name} has no {'/'.join(keys)!r}")
+    return format(value, style)
+
+
+def text_outside_markers(text: str) -> str:
+    """A document without generated places and code: no measured number may stand there."""
+    return re.sub(r"^```.*?^```$", "", _MARK.sub("", text), flags=re.DOTALL | re.MULTILINE)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

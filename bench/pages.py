@@ -1,0 +1,212 @@
+"""The text of docs/performance.md, from rows of results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.registry import CASES, TARGETS
+from bench.results import Row, load
+
+_INTRO = """\
+<!-- Written by `make docs` from bench/results. Do not edit: a test compares both. -->
+
+# Performance
+
+Every number on this page comes from `bench/results`, written by `make bench`. A result is checked
+first: a sample of queries of every head against float64, allowed at most twice the error of plain
+torch attention in the same dtype. What is not right is not timed. Times are medians of
+interleaved samples (A B A B, one process); samples during which other programs used more than a
+tenth of a core are dropped where enough others remain. Inputs are seeded normal numbers, and
+lists are random: another one for every head, and in every row the same share of blocks. FLOPs are
+those of listed blocks.
+
+Two ratios stand side by side. *Over SDPA* is what a user gains against
+`F.scaled_dot_product_attention` in the same dtype. *Over our dense list* divides by the same
+kernel with every block listed: the part of the gain that is sparsity, not a better dense kernel.
+"""
+_SPEED_COLUMNS = (
+    ("100 %", "100 % vs SDPA"),
+    ("50 %", "50 % vs SDPA"),
+    ("25 %", "25 % vs SDPA"),
+    ("10 %", "10 % vs SDPA"),
+    ("causal dense", "causal dense vs causal SDPA"),
+    ("causal, 25 % of its blocks", "causal 25 % vs causal SDPA"),
+)
+_GROUPS = {
+    "structure": "What structure costs",
+    "planning": "Finding a plan",
+    "threads": "Threads",
+    "size": "Small, large, sparser",
+}
+
+
+def performance_page(results: Path) -> str:
+    """The whole page; it says so where nothing has been measured."""
+    rows = sorted(load(results / "cpu.jsonl"), key=_order)
+    parts = [_INTRO]
+    if not rows:
+        parts.append("## CPU\n\nNothing has been measured yet: run `make bench`.\n")
+    else:
+        parts += _cpu(rows, results)
+    for path in sorted(results.glob("gpu-*.json")):
+        parts.append(_gpu(json.loads(path.read_text(encoding="utf-8"))))
+    if not list(results.glob("gpu-*.json")):
+        parts.append(
+            "## GPU\n\nNothing has been measured yet: run `make gpu` where there is one.\n"
+        )
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def speed_table(rows: Sequence[Row]) -> str:
+    """Speed-up over SDPA, its target, and the speed-up over our own dense list."""
+    lines = [
+        "| over SDPA (target), over our dense list | "
+        + " | ".join(c for c, _ in _SPEED_COLUMNS)
+        + " |",
+        "|---|" + "---|" * len(_SPEED_COLUMNS),
+    ]
+    by_case = {row.case: row for row in rows}
+    for dtype, head_dim in TARGETS:
+        row = by_case.get(f"{dtype}-d{head_dim}")
+        if row is not None:
+            cells = [_cell(row.goals.get(goal)) for _, goal in _SPEED_COLUMNS]
+            lines.append(f"| {dtype}, D = {head_dim} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 2 else "Nothing has been measured yet."
+
+
+def _cell(goal: dict[str, Any] | None) -> str:
+    if goal is None:
+        return ""
+    text = f"**{goal['value']:.2f}x**"
+    if goal["target"] is not None:
+        text += f" ({goal['target']:g}x{'' if goal['met'] else ', missed'})"
+    if goal["own"] is not None:
+        text += f", {goal['own']:.2f}x"
+    return text
+
+
+def _cpu(rows: Sequence[Row], results: Path) -> Iterable[str]:
+    yield f"## CPU\n\n{_machine(rows)}\n"
+    speed = [row for row in rows if row.group == "speed"]
+    if speed:
+        sizes = speed[0].shape.rsplit(" D=", 1)[0]
+        yield f"Speed-ups, {sizes}, blocks of 128:\n\n{speed_table(rows)}\n"
+    if (results / "cpu.png").exists():
+        yield "![speed-up against the share of blocks listed](../bench/results/cpu.png)\n"
+    flex = [(row, name) for row in speed for name in row.goals if "FlexAttention" in name]
+    if flex:
+        yield "### Against compiled FlexAttention, same blocks\n"
+        yield _goal_table([(row, name, row.goals[name]) for row, name in flex])
+    for group, title in _GROUPS.items():
+        members = [row for row in rows if row.group == group]
+        if members:
+            yield f"### {title}\n"
+            yield "\n".join(f"- `{row.case}`: {row.title} ({row.shape})" for row in members) + "\n"
+            yield _goal_table([(row, n, g) for row in members for n, g in row.goals.items()])
+    yield _missed(rows)
+    yield _samples(rows)
+
+
+def _goal_table(goals: Sequence[tuple[Row, str, dict[str, Any]]]) -> str:
+    lines = [
+        "| case | ratio | measured | target | over our dense list |",
+        "|---|---|---|---|---|",
+    ]
+    for row, name, goal in goals:
+        target = ""
+        if goal["target"] is not None:
+            sign = "at most" if goal["at_most"] else "at least"
+            target = f"{sign} {goal['target']:g}{'' if goal['met'] else ', **missed**'}"
+        own = "" if goal["own"] is None else f"{goal['own']:.2f}"
+        lines.append(f"| {row.case} | {name} | {goal['value']:.3g} | {target} | {own} |")
+    return "\n".join(lines) + "\n"
+
+
+def _missed(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        for name, goal in row.goals.items():
+            if goal["met"] is False:
+                lines.append(
+                    f"- {row.case}, {name}: {goal['value']:.3g}, wanted {goal['target']:g}"
+                )
+            if goal["own_met"] is False:
+                lines.append(
+                    f"- {row.case}, {name}, over our dense list: {goal['own']:.3g}, "
+                    f"wanted {goal['own_target']:g}"
+                )
+    text = "\n".join(lines) if lines else "None."
+    return f"### Targets missed\n\n{text}\n"
+
+
+def _samples(rows: Sequence[Row]) -> str:
+    """Every contender: time, spread, how many samples, rate, distance from float64."""
+    lines = [
+        "### Every contender\n",
+        "`kept` of `tried` samples were used; * = the machine was busy, so none was dropped. Error",
+        "and its bound are the largest distances from float64 over the sampled queries.\n",
+        "| case | contender | listed | ms | p10 to p90 | kept / tried | GFLOP/s | error (bound) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for name, run in row.runs.items():
+            density = run.get("density")
+            listed = "" if density is None else f"{100 * density:.1f} %"
+            spread = f"{run['p10']:.4g} to {run['p90']:.4g}" if "p10" in run else ""
+            busy = "" if run.get("quiet", True) else " *"
+            kept = f"{run['kept']} / {run['tried']}{busy}" if "kept" in run else "one"
+            gate = row.gate.get(name)
+            error = f"{gate['error']:.1e} ({gate['bound']:.1e})" if gate else ""
+            rate = f"{run['gflops']:.0f}" if run["gflop"] else ""
+            cells = (row.case, name, listed, f"{run['ms']:.4g}", spread, kept, rate, error)
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _machine(rows: Sequence[Row]) -> str:
+    facts = sorted(
+        {
+            (
+                f"{row.machine['cpu']}, {row.machine['cores']} cores, "
+                f"{row.machine['threads']} threads, {row.machine['isa']}, "
+                f"{row.machine['system']}, torch {row.machine['torch']}, "
+                f"backend {row.backend}"
+            )
+            for row in rows
+        }
+    )
+    commits = sorted({row.commit + (" with local changes" if row.dirty else "") for row in rows})
+    days = sorted({row.utc[:10] for row in rows})
+    return f"{'; '.join(facts)}. Commit {', '.join(commits)}; measured {', '.join(days)} (UTC)."
+
+
+def _gpu(report: dict[str, Any]) -> str:
+    """One GPU's report, as bench/gpu.py wrote it."""
+    facts = report["machine"]
+    lines = [
+        f"## GPU: {facts['device']}\n",
+        f"Driver {facts.get('driver', '?')}, torch {facts['torch']}, "
+        f"triton {facts.get('triton', '?')}, clocks {facts.get('clocks', '?')}. "
+        f"Commit {report['commit']}; measured {report['utc'][:10]} (UTC).\n",
+        "| section | result |",
+        "|---|---|",
+    ]
+    for name, section in report["sections"].items():
+        lines.append(f"| {name} | {'passed' if section['ok'] else 'failed: ' + section['error']} |")
+    timing = report["sections"].get("timing", {}).get("data", [])
+    if timing:
+        lines += ["", "| case | contender | ms | TFLOP/s | over SDPA |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {x['case']} | {x['run']} | {x['ms']:.4g} | {x['tflops']:.1f} "
+            f"| {x['over_sdpa']:.2f}x |"
+            for x in timing
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _order(row: Row) -> int:
+    names = [case.name for case in CASES]
+    return names.index(row.case) if row.case in names else len(names)
