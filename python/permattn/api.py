@@ -11,7 +11,7 @@ from torch import Tensor
 from permattn.backends import resolve
 from permattn.core.plan import AttnPlan
 from permattn.core.problem import Problem
-from permattn.ops import pack_plan, sparse_attention_op
+from permattn.ops import pack_plan, register_flop_formulas, sparse_attention_op
 
 Pattern = AttnPlan | Callable[..., AttnPlan]
 
@@ -70,6 +70,8 @@ def sparse_attention_with_lse(
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     name = resolve(Problem.of(q, k, v, plan, needs_grad=needs_grad), backend)
     tensors, ints = pack_plan(plan)
+    if not torch.compiler.is_compiling():
+        register_flop_formulas()
     return sparse_attention_op(q, k, v, tensors, ints, scale, name)
 
 

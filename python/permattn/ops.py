@@ -5,11 +5,8 @@ A plan becomes a flat list of tensors and integers here, and only here.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 
 import torch
 from torch import Tensor
@@ -182,41 +179,20 @@ def _backward_flops(
     return 2 * pairs * (3 * q.shape[3] + 2 * v.shape[3])
 
 
-_FLOP_COUNTER = "torch.utils.flop_counter"
+_registered = False
 
 
-def _register_flop_formulas() -> None:
+def register_flop_formulas() -> None:
+    """Tells torch's FLOP counter what both operators cost, once somebody has imported it.
+
+    Not at import: the counter imports triton, which `import permattn` must not.
+    """
+    global _registered
+    if _registered or "torch.utils.flop_counter" not in sys.modules:
+        return
     from torch.utils.flop_counter import register_flop_formula
 
+    _registered = True
     ops = torch.ops.permattn
     register_flop_formula(ops.sparse_attention, get_raw=True)(_forward_flops)
     register_flop_formula(ops.sparse_attention_backward, get_raw=True)(_backward_flops)
-
-
-class _AfterFlopCounter(MetaPathFinder):
-    """Registers the formulas right after somebody imports torch's FLOP counter.
-
-    The counter imports triton, which `import permattn` must not.
-    """
-
-    def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
-        if fullname != _FLOP_COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def run_and_register(module) -> None:
-            run(module)
-            _register_flop_formulas()
-
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
-
-
-if _FLOP_COUNTER in sys.modules:
-    _register_flop_formulas()
-else:
-    sys.meta_path.insert(0, _AfterFlopCounter())
