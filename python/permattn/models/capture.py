@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from permattn.core import Segment
 from permattn.models import context
 from permattn.models.attention import LAYOUT_KEYWORD, CallCounts, NotCopyable
-from permattn.models.frames import IMAGE, TEXT, VIDEO, GridPerVideo, Rows, Size
+from permattn.models.frames import (
+    IMAGE,
+    TEXT,
+    VIDEO,
+    GridPerVideo,
+    Rows,
+    Size,
+    segments_before,
+)
 from permattn.models.layout import Family, TokenLayout, padding_of_mask
 
 _GRID_KEYWORDS = {IMAGE: "image_grid_thw", VIDEO: "video_grid_thw"}
@@ -265,5 +273,5 @@ def _repeat(rows: Sequence[Sequence[Segment]], batch: int, kv_len: int) -> Rows:
     copies, rest = divmod(batch, max(len(rows), 1))
     if rest or not rows:
         raise ValueError(f"layout: wants one entry per batch row, got {len(rows)} for {batch} rows")
-    here = [tuple(segment for segment in row if segment.start < kv_len) for row in rows]
+    here = [segments_before(row, kv_len) for row in rows]
     return tuple(row for row in here for _ in range(copies))

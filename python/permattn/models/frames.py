@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from permattn.core import Segment, TokenGrid
+from permattn.core import Segment, TextRun, TokenGrid
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
 
@@ -172,8 +172,9 @@ def grids_from_coordinates(label: Tensor, place: Tensor, kind: int) -> list[Toke
             # The end of a chunk: a cut frame looks like a small one.
             continue
         found.append(((start + want).tolist(), height, width))
-    if kind == IMAGE:
+    if kind == IMAGE or any(len(starts) > 1 for starts, _, _ in found):
         return [grid_of_frames(*frames) for frames in found]
+    # One run per frame: text stands between the frames of a video.
     return joined_frames(found)
 
 
@@ -196,6 +197,23 @@ def grid_of_frames(starts: list[int], height: int, width: int) -> TokenGrid:
     if starts[-1] - starts[0] == (len(starts) - 1) * height * width:
         return TokenGrid(starts[0], len(starts), height, width)
     return TokenGrid(starts[0], len(starts), height, width, tuple(starts))
+
+
+def segments_before(row: Sequence[Segment], kv_len: int) -> tuple[Segment, ...]:
+    """The part of a prompt that the first `kv_len` keys hold; of a grid, its whole frames."""
+    here: list[Segment] = []
+    for segment in row:
+        if segment.stop <= kv_len:
+            here.append(segment)
+        elif isinstance(segment, TokenGrid):
+            per_frame = segment.tokens_per_frame
+            starts = segment.token_of_rank()[::per_frame]
+            starts = starts[starts + per_frame <= kv_len].tolist()
+            if starts:
+                here.append(grid_of_frames(starts, segment.height, segment.width))
+        elif segment.start < kv_len:
+            here.append(TextRun(segment.start, kv_len - segment.start))
+    return tuple(here)
 
 
 def runs(mask: Tensor) -> list[tuple[int, int]]:

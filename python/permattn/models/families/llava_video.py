@@ -1,0 +1,92 @@
+"""LLaVA-Video and other LLaVA-NeXT code: `LlavaQwen` models splice video tokens in by themselves.
+
+Their prompt holds one placeholder per video and reaches the decoder as embeddings, so nothing tells
+where the frames are. `rows_of_prompt` computes it, for `handle.layout(rows)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from permattn.core import TokenGrid
+from permattn.models.frames import Rows, Size, grid_of_frames
+from permattn.models.layout import Family
+
+MODEL_TYPES = ("llava_qwen",)
+
+# The id that LLaVA's tokenizer helper writes for a video; it is no token of the vocabulary.
+PLACEHOLDER = -200
+
+
+def family(config: Any) -> Family:
+    return Family()
+
+
+def rows_of_prompt(
+    prompts: Sequence[Tensor],
+    videos: Iterable[Size],
+    *,
+    newline: Literal["grid", "frame", "one_token", "no_token"] = "grid",
+    padding_side: Literal["left", "right"] = "right",
+    placeholder: int = PLACEHOLDER,
+) -> Rows:
+    """Where the frames are once the videos have replaced their placeholders.
+
+    Source: `prepare_inputs_labels_for_multimodal` of LLaVA-NeXT.
+
+    Args:
+        prompts: token ids of every batch row, 1-D, without padding.
+        videos: (frames, height, width) in tokens after pooling, in order of appearance.
+        newline: the model's `mm_newline_position`: a newline token after every row of a frame,
+            after every frame, after the video, or none.
+        padding_side: where shorter rows are padded (the model's `tokenizer_padding_side`).
+
+    Returns: segments for `handle.layout`.
+
+    Raises:
+        ValueError: more or fewer videos than placeholders.
+    """
+    sizes = iter(videos)
+    rows: list[list[tuple[int, Size]]] = []
+    lengths = []
+    for prompt in prompts:
+        row, position = [], 0
+        for token in prompt.tolist():
+            if token != placeholder:
+                position += 1
+                continue
+            size = next(sizes, None)
+            if size is None:
+                raise ValueError("videos: fewer sizes than placeholders in the prompts")
+            row.append((position, size))
+            position += _spliced_length(size, newline)
+        rows.append(row)
+        lengths.append(position)
+    if next(sizes, None) is not None:
+        raise ValueError("videos: more sizes than placeholders in the prompts")
+    longest = max(lengths, default=0)
+    pads = [longest - n if padding_side == "left" else 0 for n in lengths]
+    return tuple(
+        tuple(_grid(pad + position, size, newline) for position, size in row)
+        for row, pad in zip(rows, pads, strict=True)
+    )
+
+
+def _spliced_length(size: Size, newline: str) -> int:
+    frames, height, width = size
+    extra = {"grid": frames * height, "frame": frames, "one_token": 1, "no_token": 0}
+    if newline not in extra:
+        raise ValueError(f"newline: wants one of {list(extra)}, got {newline!r}")
+    return frames * height * width + extra[newline]
+
+
+def _grid(start: int, size: Size, newline: str) -> TokenGrid:
+    frames, height, width = size
+    if newline == "grid":
+        # The newline is a column like any other: lines of the grid keep their phase.
+        return TokenGrid(start, frames, height, width + 1)
+    step = height * width + (newline == "frame")
+    return grid_of_frames([start + i * step for i in range(frames)], height, width)
