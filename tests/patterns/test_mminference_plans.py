@@ -13,6 +13,8 @@ from permattn.patterns.mminference import (
 from permattn.patterns.mminference.lines import choose_lines
 from permattn.patterns.mminference.prompt import describe_prompt
 from permattn.testing import masked_attention, visible_pairs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 VIDEO = TokenGrid(7, 12, 4, 5)
 SECOND = TokenGrid(256, 6, 3, 4)
@@ -163,6 +165,40 @@ def test_a_text_tail_after_the_video_is_dense():
     seen = visible_pairs(plan, 1, 2)
     tail = torch.arange(120, 220)
     assert torch.equal(seen[0, 0, tail] == 1, torch.arange(220) <= tail[:, None])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every operator's results."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (5, 9)], ids=["whole", "padded"])
+def test_planning_never_waits_for_the_device_and_makes_nothing_quadratic(padding):
+    """On the meta device any wait (.item(), bool(), a data-dependent size) raises."""
+    n = 1 << 17
+    video = TokenGrid(100, 500, 16, 16)
+    q, k = torch.empty(1, 4, n, 64, device="meta"), torch.empty(1, 2, n, 64, device="meta")
+    heads = [
+        HeadPattern("auto"),
+        HeadPattern("grid", local=100),
+        HeadPattern("vertical_slash"),
+        HeadPattern("tri_shape"),
+    ]
+    with LargestTensor() as seen:
+        plan = plan_prefill(q, k, [[video]], heads, left_pad=padding[:1], right_pad=padding[1:])
+        for part in plan.parts:
+            part.index.transpose(part.num_kv_blocks)
+    assert plan.device.type == "meta" and seen.numel <= 1 << 26 < n * n // 100
 
 
 @pytest.mark.parametrize(
