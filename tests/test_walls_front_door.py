@@ -98,9 +98,3 @@ def test_public_name_exists_and_is_documented(name: str):
     offered = getattr(permattn, name)
     if name != "__version__":
         assert offered.__doc__
-
-
-def test_star_import_gives_the_public_names_alone():
-    space: dict[str, object] = {}
-    exec("from permattn import *", space)
-    assert set(space) - {"__builtins__"} == PUBLIC

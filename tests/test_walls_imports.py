@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "models": frozenset({"core", "patterns", "api"}),
     "calibrate": frozenset({"core", "patterns", "api", "models"}),
     "cli": frozenset({"core", "ops", "backends", "patterns", "api", "models", "calibrate"}),
+    "plan_file": frozenset({"core"}),
     "testing": frozenset({"core", "ops", "backends", "api"}),
 }
 # Room -> what it may import from outside the standard library; rooms not named here are free.
@@ -34,6 +35,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "ops": frozenset({"torch"}),
     "patterns": frozenset({"torch"}),
     "api": frozenset({"torch"}),
+    "plan_file": frozenset({"torch", "safetensors"}),
 }
 # Modules of these rooms do not see each other: a backend is one file, a system one file or folder.
 NO_SIDEWAYS = frozenset({"backends", "patterns"})
@@ -42,6 +44,8 @@ EXCEPTIONS = frozenset(
     {
         # The layout of an output is decided once, beside the operator's fake kernel.
         ("backends", "permattn.ops.empty_out"),
+        # A native operator takes the plan in the flat form that is decided there too.
+        ("backends", "permattn.ops.pack_plan"),
         # scaled_dot_product_attention(pattern=None) is dense.
         ("api", "permattn.patterns.dense.plan_dense"),
     }
