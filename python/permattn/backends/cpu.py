@@ -1,4 +1,96 @@
-"""Native CPU kernels."""
+"""Native C++ kernels: AMX, AVX-512, AVX2 or portable vectors, chosen at run time.
+
+The shared library is loaded on the first question, never by an import.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from permattn.core.problem import BwdArgs, FwdArgs, Problem
+
 NAME = "cpu"
-def why_not(problem):
-    return "not built"
+MAX_HEAD_DIM = 256
+# The numbers of csrc/common/dispatch.h.
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def _load() -> str | None:
+    """Loads the library once; None, or one line saying why it cannot be used."""
+    library = _PACKAGE / "_native.so"
+    if not library.exists():
+        report = _PACKAGE / "_native_build.json"
+        if report.exists():
+            reason = json.loads(report.read_text()).get("reason", "unknown reason")
+            return f"native library was not built: {reason}"
+        return "native library was not built: install permattn to build it"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as e:
+        return f"native library does not load: {e}"
+    return None
+
+
+def isa() -> str:
+    """The instruction set that kernels use on this machine.
+
+    Raises:
+        RuntimeError: there is no native library; says why.
+    """
+    return ISAS[_best_isa()]
+
+
+def available_isas() -> tuple[str, ...]:
+    """Every instruction set that runs here, slowest first; empty without a native library."""
+    if _load() is not None:
+        return ()
+    return ISAS[: _best_isa() + 1]
+
+
+@functools.cache
+def _best_isa() -> int:
+    reason = _load()
+    if reason is not None:
+        raise RuntimeError(reason)
+    return torch.ops.permattn_native.cpu_best_isa()
+
+
+def why_not(problem: Problem) -> str | None:
+    if problem.device_type != "cpu":
+        return f"runs on cpu tensors, got {problem.device_type}"
+    if problem.dtype not in _DTYPES:
+        return f"takes float32, bfloat16 and float16, got {problem.dtype}"
+    if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
+        return f"takes head dims to {MAX_HEAD_DIM}, got {problem.head_dim}, {problem.head_dim_v}"
+    if problem.quant.is_quantised:
+        return "does not quantise"
+    if problem.needs_grad:
+        return "has no backward"
+    return _load()
+
+
+def forward(args: FwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor]:
+    """See `Backend.forward`. `isa` forces one of `available_isas()`, for tests."""
+    from permattn.ops import empty_out, pack_plan
+
+    q, k, v = args.q, args.k, args.v
+    _load()
+    out = empty_out(q, v)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    tensors, ints = pack_plan(args.plan)
+    tensors = [x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in tensors]
+    number = -1 if isa is None else ISAS.index(isa)
+    torch.ops.permattn_native.cpu_forward(q, k, v, out, lse, tensors, ints, args.scale, number)
+    return out, lse
+
+
+def backward(args: BwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError

@@ -1,0 +1,9 @@
+// Operator schemas of permattn_native. A plan arrives as ops.pack_plan made it.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(permattn_native, m) {
+  m.def(
+      "cpu_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, "
+      "Tensor[] plan_tensors, int[] plan_ints, float scale, int isa) -> ()");
+  m.def("cpu_best_isa() -> int");
+}

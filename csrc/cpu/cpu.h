@@ -1,0 +1,26 @@
+// The CPU kernels as the binding sees them. Raw pointers and a thread pool; no torch.
+#pragma once
+#include <cstdint>
+
+#include "../common/dispatch.h"
+#include "../common/params.h"
+
+namespace permattn::cpu {
+
+// The caller's thread pool. `run` calls body(context, i) for every i in [0, num_workers), each once,
+// on any thread, and returns when all are done.
+struct Pool {
+  int64_t num_threads;
+  void (*run)(int64_t num_workers, void (*body)(void* context, int64_t worker), void* context);
+};
+
+// Whether this machine can run it (and the kernel was built for this architecture).
+bool isa_is_available(Isa isa);
+
+// The best one here.
+Isa best_isa();
+
+void forward(const FwdParams& params, Isa isa, const Pool& pool);
+void backward(const BwdParams& params, Isa isa, const Pool& pool);
+
+}  // namespace permattn::cpu

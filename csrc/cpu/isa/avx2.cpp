@@ -1,0 +1,26 @@
+// AVX2 + FMA + F16C with fp32 arithmetic.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+
+#include "../../common/token_rule.h"
+#include "../kernels.h"
+
+#define PERMATTN_WIDTH 8
+#define PERMATTN_CHUNK 96
+
+#include "target_avx2.h"
+namespace permattn::cpu::avx2 {
+#include "../kernel/base.inl"
+//
+#include "../kernel/float_math.inl"
+//
+#include "../kernel/forward.inl"
+}  // namespace permattn::cpu::avx2
+#include "target_end.h"
+
+namespace permattn::cpu {
+Kernels avx2_kernels(Dtype dtype) { return avx2::float_kernels(dtype); }
+}  // namespace permattn::cpu
+#endif

@@ -1,0 +1,29 @@
+// AVX-512 with bf16 dot products (Cooper Lake, Zen 4 and later); other dtypes run on avx512.cpp.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+
+#include "../../common/token_rule.h"
+#include "../kernels.h"
+
+#define PERMATTN_WIDTH 16
+#define PERMATTN_CHUNK 96
+
+#include "target_avx512_bf16.h"
+namespace permattn::cpu::avx512_bf16 {
+#include "../kernel/base.inl"
+//
+#include "../kernel/bf16_math.inl"
+//
+#include "../kernel/forward.inl"
+}  // namespace permattn::cpu::avx512_bf16
+#include "target_end.h"
+
+namespace permattn::cpu {
+Kernels avx512_bf16_kernels(Dtype dtype) {
+  if (dtype != Dtype::kBFloat16) return {};
+  return avx512_bf16::kernels_of<avx512_bf16::Bf16Math>();
+}
+}  // namespace permattn::cpu
+#endif

@@ -1,0 +1,79 @@
+// What an instruction set implements: one tile of queries (or keys) against all it sees.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/params.h"
+
+namespace permattn::cpu {
+
+// Queries (or keys) of one tile. Two words of 64 bits hold "which lanes see this token".
+constexpr int64_t kTileLanes = 128;
+constexpr int64_t kMaxHeadDim = 256;
+// Groups of parts (orders of queries) in one plan.
+constexpr int kMaxGroups = 64;
+
+// The partial result of one group of parts, in slot order: normalised rows and log2-sum-exp2.
+// `rows` is null where a group writes the final result.
+struct Partial {
+  float* rows;        // [B, Hq, num_slots, Dv]
+  float* log2_sum;    // [B, Hq, num_slots]; -inf = saw nothing
+  PermView q_perm;    // to find a token's slot
+  int64_t num_slots;  //
+};
+
+// One group: the parts that share an order of queries, and so one running softmax.
+struct Group {
+  const int32_t* parts;  // [num_parts], into Problem::parts
+  int32_t num_parts;
+  PermView q_perm;
+  Partial partial;
+};
+
+struct FwdTile {
+  const FwdParams* params;
+  const Group* group;
+  const Partial* others;  // [num_others]: partial results to merge before rows are written
+  int32_t num_others;
+  int64_t b, h;
+  int64_t slot;  // first slot
+  int64_t size;  // slots, at most kTileLanes
+};
+
+// Which side lies in vector lanes: a backward tile gives dQ of its queries, or dK and dV of its keys.
+struct BwdTile {
+  const BwdParams* params;
+  const float* delta;       // [B, Hq, Sq]: rowsum(out * dout) - dlse
+  const PlanPart* parts;    // the parts to walk, in order
+  const int32_t* part_ids;  // [num_parts]
+  int32_t num_parts;
+  bool lanes_are_keys;
+  int64_t b, h;  // h is a query head
+  int64_t slot, size;
+  float* grad_rows;    // dQ or dK rows, float32 [S, D] of this (b, head); added to
+  float* grad_v_rows;  // dV rows, float32 [Skv, Dv]; null for dQ
+};
+
+using FwdTileFn = void (*)(const FwdTile& tile, std::byte* scratch);
+using BwdTileFn = void (*)(const BwdTile& tile, std::byte* scratch);
+using SizeFn = size_t (*)(const Problem& problem);
+
+struct Kernels {
+  FwdTileFn forward;
+  // Writes the rows of tokens [slot, slot + size) that the tile's group does not hold.
+  void (*forward_rest)(const FwdTile& tile);
+  SizeFn forward_scratch;  // bytes per thread
+  BwdTileFn backward;
+  SizeFn backward_scratch;
+};
+
+// Null functions where an instruction set has nothing of its own for the dtype.
+Kernels portable_kernels(Dtype dtype);
+#if defined(__x86_64__)
+Kernels avx2_kernels(Dtype dtype);
+Kernels avx512_kernels(Dtype dtype);
+Kernels avx512_bf16_kernels(Dtype dtype);
+Kernels amx_bf16_kernels(Dtype dtype);
+#endif
+
+}  // namespace permattn::cpu
