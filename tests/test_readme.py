@@ -1,8 +1,7 @@
 """README's commands are true: targets and subcommands exist, and the marked blocks really run.
 
-A fenced block right below the line `<!-- run -->` (or `<!-- run: SECONDS -->`) is executed: a `bash`
-or `console` block by bash, a `python` block by Python; in the tree if it names make or bench/,
-else in an empty folder.
+A fenced block right below a line `<!-- run -->` (or `<!-- run: SECONDS -->`) is executed: bash or
+console by bash, python by Python; in the tree if it names make or bench/, else in an empty folder.
 """
 
 from __future__ import annotations
