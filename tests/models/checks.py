@@ -41,9 +41,12 @@ class Recorder:
         return self.calls[::2]
 
 
-def patched(model: Any, recorder: Recorder | None = None, **config: Any) -> Handle:
+def patched(
+    model: Any, recorder: Recorder | None = None, *, backend: str = "auto", **config: Any
+) -> Handle:
     """Patched so that everything is kept and every prefill is sparse."""
-    return patch(model, {"min_q_len": 2, **config}, planner=recorder or Recorder())
+    planner = recorder or Recorder()
+    return patch(model, {"min_q_len": 2, **config}, backend=backend, planner=planner)
 
 
 def generate(case: Case, **options: Any) -> Any:

@@ -19,7 +19,7 @@ from .checks import (
     logits,
     patched,
 )
-from .tiny import Case, token_types
+from .tiny import Case, text_case, token_types
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl", "llava_onevision"]
 EMBEDDED = ["qwen3_vl", "llava_onevision"]
@@ -97,6 +97,20 @@ def test_padding_between_tokens_is_dense(case_of):
         got = logits(case)
         assert handle.stats["dense_reasons"] == {"padding between tokens": 2}
     assert_same_logits(case, got, want)
+
+
+def test_mask_of_the_callers_own_is_dense():
+    """Packed sequences: what sees what is in a 4-D mask, which no layout describes."""
+    case = text_case()
+    length = case.inputs["input_ids"].shape[1]
+    packed = torch.block_diag(torch.ones(15, 15), torch.ones(length - 15, length - 15)).tril()
+    mask = packed.bool().expand(2, 1, -1, -1)
+    want = logits(case, attention_mask=mask)
+    with patched(case.model) as handle:
+        got = logits(case, attention_mask=mask)
+        assert handle.stats["sparse"] == 0
+        assert [r[:8] for r in handle.stats["dense_reasons"]] == ["4-D mask"]
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "llava_onevision", "internvl"])

@@ -27,7 +27,7 @@ from .checks import (
     patched,
 )
 from .exact import plan_everything
-from .tiny import TEXT, Case
+from .tiny import Case, llama, text_case
 
 
 def hooks(model: nn.Module) -> int:
@@ -222,11 +222,6 @@ class OldAttention(LlamaAttention):
         return hidden_states, None
 
 
-def llama():
-    config = transformers.LlamaConfig(**TEXT)
-    return transformers.LlamaForCausalLM(config).eval()
-
-
 def with_old_attention():
     model = llama()
     for layer in model.model.layers:
@@ -263,14 +258,9 @@ def test_refused_models(build, error, message):
 
 
 def test_unknown_family_runs_as_text():
-    torch.manual_seed(0)
-    model = llama()
-    ids = torch.randint(10, 90, (2, 30))
-    mask = torch.ones_like(ids)
-    mask[0, :7] = 0
-    case = Case(model, {"input_ids": ids, "attention_mask": mask}, ((), ()))
+    case = text_case()
     want_logits, want_tokens = logits(case), generate(case)
-    with patched(model) as handle:
+    with patched(case.model) as handle:
         assert_same_logits(case, logits(case), want_logits)
         assert_same_generation(generate(case), want_tokens)
         assert handle.stats["sparse"] == 4

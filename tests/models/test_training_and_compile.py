@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
-from permattn.models import patch
 from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig
 
@@ -17,7 +18,7 @@ from .checks import (
     logits,
     patched,
 )
-from .exact import plan_everything
+from .tiny import text_case
 
 
 def gradients(case):
@@ -41,7 +42,7 @@ def test_gradients(own_case, checkpointing):
     if checkpointing != "none":
         options = {"use_reentrant": checkpointing == "reentrant"}
         case.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    with patched(case.model) as handle:
+    with patched(case.model, backend="reference") as handle:
         got = gradients(case)
         # Replayed passes are sparse too: a dense replay would be a different function.
         assert handle.stats["sparse"] == (2 if checkpointing == "none" else 4)
@@ -82,7 +83,7 @@ def test_decoder_without_keywords_trains_dense(own_case):
 
     want = gradients(case)
     text.forward = narrow
-    with patched(case.model) as handle:
+    with patched(case.model, backend="reference") as handle:
         got = gradients(case)
         assert list(handle.stats["dense_reasons"]) == [
             "training, and the decoder takes no extra keywords"
@@ -130,7 +131,7 @@ def test_compiled_layers_train(own_case):
     case = own_case("qwen2_5_vl")
     case.model.train()
     want = gradients(case)
-    with patched(case.model) as handle:
+    with patched(case.model, backend="reference") as handle:
         torch._dynamo.reset()
         for layer in case.model.get_decoder().layers:
             layer.compile(backend="eager")
@@ -139,10 +140,10 @@ def test_compiled_layers_train(own_case):
     assert_same_gradients(got, want)
 
 
-def test_compiled_model_is_dense_and_says_so(own_case):
-    case = own_case("qwen2_5_vl")
+def test_compiled_model_is_dense_and_says_so():
+    case = text_case()
     want = logits(case)
-    with patch(case.model, {"min_q_len": 2}, planner=plan_everything) as handle:
+    with patched(case.model) as handle:
         torch._dynamo.reset()
         compiled = torch.compile(case.model, backend="eager")
         with torch.no_grad():
@@ -152,15 +153,31 @@ def test_compiled_model_is_dense_and_says_so(own_case):
     assert_same_logits(case, got, want)
 
 
-@pytest.mark.parametrize("chunk", [None, 32], ids=["whole", "chunks"])
-def test_generate_that_compiles_by_itself(own_case, chunk):
-    """Static caches: masks are built outside the compiled pass, where no hook runs."""
-    case = own_case("qwen2_5_vl", "BATCH")
-    options = {"cache_implementation": "static", "prefill_chunk_size": chunk}
-    want = generate(case, **options)
-    config = CompileConfig(backend="eager", fullgraph=False)
-    config._compile_all_devices = True
+def test_compiled_model_trains():
+    case = text_case()
+    case.model.train()
+    want = gradients(case)
     with patched(case.model):
         torch._dynamo.reset()
+        case.model.compile(backend="eager")
+        got = gradients(case)
+    assert_same_gradients(got, want)
+
+
+@pytest.mark.parametrize("chunk", [None, 16], ids=["whole", "chunks"])
+def test_generate_that_compiles_by_itself(chunk):
+    """Static caches: masks are built outside the compiled pass, where no hook runs."""
+    case = text_case()
+    options = {"cache_implementation": "static", "prefill_chunk_size": chunk}
+    want = generate(case, **options)
+    counter = CompileCounter()
+    config = CompileConfig(backend=lambda graph, inputs, **_: counter(graph, inputs))
+    config._compile_all_devices = True
+    with patched(case.model) as handle:
+        torch._dynamo.reset()
         got = generate(case, **options, compile_config=config)
+        assert counter.frame_count > 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert handle.stats["sparse"] == (2 if chunk is None else 0)
     assert_same_generation(got, want)

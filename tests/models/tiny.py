@@ -271,6 +271,20 @@ BUILDERS = {
 }
 
 
+def llama() -> Any:
+    """A text model without a family: two layers, no vision."""
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).eval()
+
+
+def text_case() -> Case:
+    """A left-padded batch of two texts for `llama`."""
+    ids = torch.randint(10, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    return Case(llama(), {"input_ids": ids, "attention_mask": mask}, ((), ()))
+
+
 def build(name: str, videos: Videos = ONE, *, seed: int = 0, **text: Any) -> Case:
     """A model in eval mode with float32 weights; keywords go into its text config."""
     torch.manual_seed(seed)

@@ -37,6 +37,8 @@ LAYOUT_KEYWORD = "permattn_layout"
 
 NO_LAYOUT = "no layout (torch.compile of the whole model, or a decoder called past its hooks)"
 
+FOUR_D_MASK = "4-D mask (sliding window, packed or bidirectional tokens)"
+
 # Arguments with a meaning that plans do not carry. A set one sends the call to SDPA untouched.
 _UNSUPPORTED = (
     "sliding_window",
@@ -210,8 +212,11 @@ def permattn_attention(
     if layout is None and layer is not None and not compiling:
         layout = context.current_layout(layer.owner)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    reason = _why_dense_call(layer, query, attention_mask, causal, module.training and dropout)
-    reason = reason or _why_dense_keywords(kwargs)
+    reason = _why_dense_call(layer, query, causal, module.training and dropout, kwargs)
+    needs_grad = torch.is_grad_enabled() and query.requires_grad
+    if compiling and needs_grad and attention_mask is not None and attention_mask.ndim != 2:
+        # Known to be dense: SDPA may as well be traced.
+        reason = reason or FOUR_D_MASK
     if layer is None or reason is not None:
         if layer is not None and reason is not None and not compiling:
             layer.counts.count_dense(reason)
@@ -222,7 +227,7 @@ def permattn_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if not compiling:
         return run_layer(module, query, key, value, attention_mask, layout, scale), None
-    if torch.is_grad_enabled() and query.requires_grad:
+    if needs_grad:
         # The opaque operator has no gradient; a break in the graph has one, and stays sparse.
         return _run_layer_uncompiled(module, query, key, value, attention_mask, layout, scale), None
     out = torch.ops.permattn.prefill_attention(query, key, value, attention_mask, layer.key, scale)
@@ -240,7 +245,7 @@ def run_layer(
 ) -> Tensor:
     """Plans and attends, or attends densely and counts why: [B, Sq, Hq, Dv]."""
     layer: LayerState = getattr(module, LAYER)
-    reason = _why_dense_pass(layer, q, k, layout)
+    reason = _why_dense_pass(layer, q, k, mask, layout)
     if reason is not None or layout is None:
         layer.counts.count_dense(reason or NO_LAYOUT)
         return dense_attention(module, q, k, v, mask, layout, scale, 0.0, None)
@@ -335,9 +340,9 @@ def local_heads(
 def _why_dense_call(
     layer: LayerState | None,
     query: Tensor,
-    mask: Tensor | None,
     causal: bool,
     dropout: float | bool,
+    keywords: dict[str, Any],
 ) -> str | None:
     """Why this call must be dense, from facts that torch.compile may specialise on."""
     if layer is not None and layer.always_dense:
@@ -348,24 +353,20 @@ def _why_dense_call(
         return "attention dropout"
     if query.shape[2] == 1:
         return "decode step (one query)"
-    if mask is not None and mask.ndim != 2:
-        return "4-D mask (sliding window, packed or bidirectional tokens)"
-    return None
-
-
-def _why_dense_keywords(kwargs: dict[str, Any]) -> str | None:
     for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
+        if keywords.get(name) is not None:
             return f"{name} is set"
     return None
 
 
 def _why_dense_pass(
-    layer: LayerState, q: Tensor, k: Tensor, layout: TokenLayout | None
+    layer: LayerState, q: Tensor, k: Tensor, mask: Tensor | None, layout: TokenLayout | None
 ) -> str | None:
     """Why this pass must be dense, from facts of the pass."""
     if layout is None:
         return NO_LAYOUT
+    if mask is not None and mask.ndim != 2:
+        return FOUR_D_MASK
     if layout.dense_reason is not None:
         return layout.dense_reason
     if q.shape[2] != layout.q_len or k.shape[2] < layout.kv_len:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from permattn.core import Segment
 from permattn.models import context
-from permattn.models.attention import LAYOUT_KEYWORD, CallCounts, NotCopyable
+from permattn.models.attention import LAYOUT_KEYWORD, NAME, CallCounts, NotCopyable
 from permattn.models.frames import (
     IMAGE,
     TEXT,
@@ -76,6 +77,7 @@ class LayoutCapture(NotCopyable):
     ) -> None:
         self._base, self._text, self._family = base, text, family
         self._owner, self._counts, self._on_layout = owner, counts, on_layout
+        self._warned = False
         self._seen: weakref.WeakKeyDictionary[Any, _Seen] = weakref.WeakKeyDictionary()
         self._wrapped: list[tuple[nn.Module, str, Any]] = []
         self._hooks = [
@@ -153,6 +155,7 @@ class LayoutCapture(NotCopyable):
     ) -> tuple[tuple, dict[str, Any]] | None:
         if torch.compiler.is_compiling():
             return None
+        self._warn_if_switched(module)
         if args:
             names = inspect.signature(module.forward).parameters
             inputs = {**kwargs, **dict(zip(names, args, strict=False))}
@@ -168,6 +171,16 @@ class LayoutCapture(NotCopyable):
             # Gradient checkpointing runs the layers again after this pass is over.
             return args, {**kwargs, LAYOUT_KEYWORD: layout}
         return None
+
+    def _warn_if_switched(self, text: Any) -> None:
+        """Says once that the user's own set_attn_implementation undid the patch."""
+        if text.config._attn_implementation != NAME and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"permattn: set_attn_implementation({text.config._attn_implementation!r}) switched "
+                "permattn off; call permattn.unpatch(model), and patch again to switch it on",
+                stacklevel=2,
+            )
 
     def _leave_text(self, module: nn.Module, args: tuple, out: Any) -> None:
         if not torch.compiler.is_compiling():

@@ -207,8 +207,8 @@ def segments_before(row: Sequence[Segment], kv_len: int) -> tuple[Segment, ...]:
             here.append(segment)
         elif isinstance(segment, TokenGrid):
             per_frame = segment.tokens_per_frame
-            starts = segment.token_of_rank()[::per_frame]
-            starts = starts[starts + per_frame <= kv_len].tolist()
+            first = segment.token_of_rank()[::per_frame]
+            starts = first[first + per_frame <= kv_len].tolist()
             if starts:
                 here.append(grid_of_frames(starts, segment.height, segment.width))
         elif segment.start < kv_len:
