@@ -55,11 +55,16 @@ class Timing:
         rounds: quiet samples wanted of every contender.
         max_rounds: rounds after which disturbed samples have to do.
         min_seconds: a sample repeats its call for at least that long (/proc/stat ticks in 10 ms).
+        patience: seconds in all that may be spent waiting for other programs to pause.
+        cpu_time: count the process's CPU time, not the wall's. Right for one thread, where it stays
+            true on a busy machine; no sample is dropped then.
     """
 
     rounds: int = 7
     max_rounds: int = 21
     min_seconds: float = 0.2
+    patience: float = 0.0
+    cpu_time: bool = False
 
 
 def measure(
@@ -71,19 +76,23 @@ def measure(
     samples = {name: Samples() for name in contenders}
     for call in contenders.values():
         call()
+    waited = 0.0
     for _ in range(max(timing.max_rounds, timing.rounds)):
         wanting = [n for n in contenders if len(samples[n].quiet) < timing.rounds]
         if not wanting:
             break
         for name in wanting:
-            milliseconds, foreign = sample(contenders[name], timing.min_seconds)
+            if not timing.cpu_time:
+                waited += _wait_for_quiet(timing.patience - waited)
+            milliseconds, foreign = sample(contenders[name], timing)
             mine = samples[name]
-            (mine.quiet if foreign <= FOREIGN_LIMIT else mine.noisy).append(milliseconds)
+            is_quiet = timing.cpu_time or foreign <= FOREIGN_LIMIT
+            (mine.quiet if is_quiet else mine.noisy).append(milliseconds)
             on_sample(name)
     return samples
 
 
-def sample(call: Callable[[], object], min_seconds: float) -> tuple[float, float]:
+def sample(call: Callable[[], object], timing: Timing) -> tuple[float, float]:
     """(milliseconds per call, CPU that other processes used meanwhile, in cores)."""
     count = 0
     busy, own, start = _busy_seconds(), time.process_time(), time.perf_counter()
@@ -91,10 +100,24 @@ def sample(call: Callable[[], object], min_seconds: float) -> tuple[float, float
         call()
         count += 1
         wall = time.perf_counter() - start
-        if wall >= min_seconds:
+        if wall >= timing.min_seconds:
             break
-    foreign = (_busy_seconds() - busy) - (time.process_time() - own)
-    return 1e3 * wall / count, foreign / wall
+    used = time.process_time() - own
+    foreign = (_busy_seconds() - busy) - used
+    return 1e3 * (used if timing.cpu_time else wall) / count, foreign / wall
+
+
+def _wait_for_quiet(patience: float) -> float:
+    """Waits until other programs use less than the limit, at most `patience` s; seconds waited."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < patience:
+        busy, own, begin = _busy_seconds(), time.process_time(), time.perf_counter()
+        time.sleep(0.1)
+        wall = time.perf_counter() - begin
+        if (_busy_seconds() - busy) - (time.process_time() - own) <= FOREIGN_LIMIT * wall:
+            break
+        time.sleep(0.2)
+    return time.perf_counter() - start
 
 
 def _busy_seconds() -> float:

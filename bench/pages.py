@@ -51,6 +51,9 @@ def performance_page(results: Path) -> str:
         parts.append("## CPU\n\nNothing has been measured yet: run `make bench`.\n")
     else:
         parts += _cpu(rows, results)
+    single = sorted(load(results / "cpu-1-thread.jsonl"), key=_order)
+    if single:
+        parts += _one_thread(single)
     for path in sorted(results.glob("gpu-*.json")):
         parts.append(_gpu(json.loads(path.read_text(encoding="utf-8"))))
     if not list(results.glob("gpu-*.json")):
@@ -108,6 +111,16 @@ def _cpu(rows: Sequence[Row], results: Path) -> Iterable[str]:
             yield _goal_table([(row, n, g) for row in members for n, g in row.goals.items()])
     yield _missed(rows)
     yield _samples(rows)
+
+
+def _one_thread(rows: Sequence[Row]) -> Iterable[str]:
+    """CPU time on one thread: fewer cores, but true on a busy machine too."""
+    yield (
+        "## CPU, one thread\n\nProcess CPU time instead of the wall's, which other programs disturb "
+        f"less. {_machine(rows)}\n"
+    )
+    yield f"{speed_table(rows)}\n"
+    yield _goal_table([(r, n, g) for r in rows if r.group != "speed" for n, g in r.goals.items()])
 
 
 def _goal_table(goals: Sequence[tuple[Row, str, dict[str, Any]]]) -> str:

@@ -80,7 +80,13 @@ class Goal:
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs, the contenders that see it, and the goals read off their times."""
+    """One set of inputs, the contenders that see it, and the goals read off their times.
+
+    Args:
+        inputs: "video" adds to q and k what a grid plan is there to find: tokens at one place of
+            the frame attend to that place in earlier frames.
+        quick: part of the smoke run.
+    """
 
     name: str
     group: Literal["speed", "structure", "planning", "threads", "size"]
@@ -89,6 +95,8 @@ class Case:
     runs: tuple[Run, ...]
     goals: tuple[Goal, ...]
     probe: Literal["time", "memory"] = "time"
+    inputs: Literal["normal", "video"] = "normal"
+    quick: bool = False
 
     def small(self) -> Case:
         """The same case at a size that any backend runs quickly, without compiled baselines."""
@@ -156,6 +164,7 @@ def speed_case(dtype: Dtype, head_dim: int) -> Case:
         group="speed",
         title=f"{dtype}, D = {head_dim}, blocks of 128",
         shape=Shape(dtype, head_dim),
+        quick=(dtype, head_dim) == ("bf16", 64),
         runs=tuple(runs),
         goals=tuple(goals),
     )
@@ -169,6 +178,7 @@ def structure_case(head_dim: int) -> Case:
         group="structure",
         title=f"bf16, D = {head_dim}, causal, 25 % of the blocks in other shapes",
         shape=Shape("bf16", head_dim),
+        quick=head_dim == 64,
         runs=(
             Run("sdpa-causal", "sdpa", causal=True),
             Run("one-part", "ours", quarter),
@@ -195,6 +205,7 @@ def structure_case(head_dim: int) -> Case:
 
 GQA = Case(
     name="gqa",
+    quick=True,
     group="structure",
     title="bf16, D = 128, 8 query heads on 2 key heads, a list for every query head",
     shape=Shape("bf16", 128, num_kv_heads=2),
@@ -213,6 +224,8 @@ PLANNING = Case(
     group="planning",
     title="bf16, D = 64, a grid plan found online for a video of 16k tokens",
     shape=Shape("bf16", 64, num_tokens=16384),
+    inputs="video",
+    quick=True,
     runs=(
         Run("sdpa-causal", "sdpa", causal=True),
         Run("causal-dense", "ours", Dense(causal=True)),
@@ -262,6 +275,7 @@ THREADS = Case(
 
 TINY = Case(
     name="tiny",
+    quick=True,
     group="size",
     title="a tiny call: 128 tokens, one head, everything listed",
     shape=Shape("bf16", 64, num_tokens=128, num_q_heads=1, num_kv_heads=1),
@@ -298,4 +312,3 @@ CASES: tuple[Case, ...] = (
     TINY,
     MEMORY,
 )
-QUICK: tuple[str, ...] = ("bf16-d64", "structure-d64", "gqa", "planning-16k", "tiny")

@@ -12,7 +12,8 @@ from bench.clock import Samples
 from bench.gate import Verdict
 from bench.registry import Goal
 
-DEFAULT_FILE = Path("bench/results/cpu.jsonl")
+ALL_CORES = Path("bench/results/cpu.jsonl")
+ONE_THREAD = Path("bench/results/cpu-1-thread.jsonl")
 
 
 @dataclass

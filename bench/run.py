@@ -21,11 +21,11 @@ from bench.contenders import Bench
 from bench.gate import judge
 from bench.machine import ROOT, commit, describe, utc_now
 from bench.memory import measure_memory
-from bench.registry import CASES, QUICK, Case
-from bench.results import DEFAULT_FILE, Row, merge
+from bench.registry import CASES, Case
+from bench.results import ALL_CORES, ONE_THREAD, Row, merge
 from bench.table import print_case, print_summary
 
-QUICK_TIMING = Timing(rounds=2, max_rounds=2, min_seconds=0.02)
+QUICK = Timing(rounds=2, max_rounds=2, min_seconds=0.02)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,8 +38,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--threads", type=int, default=None, help="torch threads (default: all cores)")
     add("--rounds", type=int, default=7, help="quiet samples of each contender (default: 7)")
     add("--max-rounds", type=int, default=None, help="rounds at most (default: 3 x rounds)")
+    add("--patience", type=float, default=30, help="seconds a case may wait for a quiet machine")
     add("--no-flex", action="store_true", help="leave out compiled FlexAttention")
-    add("--out", type=Path, default=None, help=f"JSONL file (default: {DEFAULT_FILE})")
+    add("--out", type=Path, default=None, help=f"JSONL file (default: {ALL_CORES}, {ONE_THREAD})")
     return parser.parse_args(argv)
 
 
@@ -57,13 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    timing = Timing(args.rounds, args.max_rounds or 3 * args.rounds)
+    one = torch.get_num_threads() == 1
+    rounds, most = args.rounds, args.max_rounds or 3 * args.rounds
+    timing = QUICK if args.quick else Timing(rounds, most, patience=args.patience, cpu_time=one)
     rows = []
     for case in cases:
-        row = run_case(case, args.backend, QUICK_TIMING if args.quick else timing, console)
+        row = run_case(case, args.backend, timing, console)
         print_case(console, row)
         rows.append(row)
-        out = args.out or (None if args.quick else ROOT / DEFAULT_FILE)
+        out = args.out or (None if args.quick else ROOT / (ONE_THREAD if one else ALL_CORES))
         if out is not None and row.is_right:
             merge(out, row)  # after each case, so that an interrupted run keeps what it has
     print_summary(console, rows)
@@ -80,7 +83,7 @@ def run_case(case: Case, backend: str, timing: Timing, console: Console) -> Row:
         title=case.title,
         shape=str(case.shape),
         backend=backend,
-        machine=describe(threads),
+        machine=describe(threads) | {"clock": "process CPU time" if timing.cpu_time else "wall"},
         commit=head,
         dirty=dirty,
         utc=utc_now(),
@@ -142,7 +145,7 @@ def _selected(args: argparse.Namespace) -> list[Case]:
     patterns = args.cases or ["*"]
     cases = [c for c in CASES if any(fnmatch.fnmatch(c.name, p) for p in patterns)]
     if args.quick:
-        return [c.small() for c in cases if c.name in QUICK]
+        return [c.small() for c in cases if c.quick]
     return [c.without_flex() for c in cases] if args.no_flex else cases
 
 

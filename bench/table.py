@@ -52,7 +52,8 @@ def print_summary(console: Console, rows: Sequence[Row]) -> None:
     missed = [x for x in goals if False in (x[2]["met"], x[2]["own_met"])]
     wrong = [row.case for row in rows if not row.is_right]
     wanted = len(verdicts) - verdicts.count(None)
-    console.print(f"{verdicts.count(True)} of {wanted} targets met")
+    if wanted:
+        console.print(f"{verdicts.count(True)} of {wanted} targets met")
     for case, name, goal in missed:
         console.print(
             f"  missed: {case}, {name}: {_number(goal['value'])} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -20,7 +21,7 @@ def test_rounds_are_interleaved():
 
 def test_disturbed_samples_are_dropped_where_enough_remain(monkeypatch):
     readings = iter([(1.0, 0.0), (9.0, 0.5), (2.0, 0.0), (3.0, 0.05)])
-    monkeypatch.setattr(clock, "sample", lambda call, seconds: next(readings))
+    monkeypatch.setattr(clock, "sample", lambda call, timing: next(readings))
     samples = measure({"a": lambda: None}, Timing(rounds=3, max_rounds=9))["a"]
     assert samples.quiet == [1.0, 2.0, 3.0]
     assert (samples.median, samples.tried, samples.is_quiet) == (2.0, 4, True)
@@ -28,7 +29,7 @@ def test_disturbed_samples_are_dropped_where_enough_remain(monkeypatch):
 
 def test_a_busy_machine_is_admitted(monkeypatch):
     readings = iter([(1.0, 0.9), (2.0, 0.0), (3.0, 0.9)])
-    monkeypatch.setattr(clock, "sample", lambda call, seconds: next(readings))
+    monkeypatch.setattr(clock, "sample", lambda call, timing: next(readings))
     samples = measure({"a": lambda: None}, Timing(rounds=2, max_rounds=3))["a"]
     assert not samples.is_quiet
     assert sorted(samples.used) == [1.0, 2.0, 3.0]
@@ -41,5 +42,19 @@ def test_quantiles_interpolate():
 
 
 def test_sample_measures_milliseconds_per_call():
-    milliseconds, _ = clock.sample(lambda: time.sleep(0.004), 0.02)
+    milliseconds, _ = clock.sample(lambda: time.sleep(0.004), Timing(min_seconds=0.02))
     assert 4.0 <= milliseconds < 40.0
+
+
+def test_cpu_time_does_not_count_what_others_do():
+    timing = Timing(min_seconds=0.02, cpu_time=True)
+    milliseconds, _ = clock.sample(lambda: time.sleep(0.02), timing)
+    assert milliseconds < 4.0
+
+
+def test_patience_is_bounded(monkeypatch):
+    counter = itertools.count()
+    monkeypatch.setattr(clock, "_busy_seconds", lambda: 100.0 * next(counter))
+    start = time.perf_counter()
+    assert clock._wait_for_quiet(0.4) >= 0.4
+    assert time.perf_counter() - start < 3.0
