@@ -46,7 +46,7 @@ bench: $(VENV)/.installed ## Checks, then times permattn against torch; writes b
 	$(BIN)/python -m bench.run $(ARGS)
 	$(BIN)/python -m bench.docs
 
-gpu: ## Runs the CUDA suite from this tree as it lies: no install, no network; $(PYTHON) must have torch.
+gpu: ## Runs the CUDA suite from this tree as it lies (no install, no network; PYTHON must have torch).
 	$(PYTHON) bench/gpu.py $(ARGS)
 
 docs: $(VENV)/.installed ## Writes docs/performance.md and the README's numbers from bench/results.

@@ -116,8 +116,8 @@ def _cpu(rows: Sequence[Row], results: Path) -> Iterable[str]:
 def _one_thread(rows: Sequence[Row]) -> Iterable[str]:
     """CPU time on one thread: fewer cores, but true on a busy machine too."""
     yield (
-        "## CPU, one thread\n\nProcess CPU time instead of the wall's, which other programs disturb "
-        f"less. {_machine(rows)}\n"
+        "## CPU, one thread\n\nProcess CPU time, which other programs disturb less than the "
+        f"wall's. {_machine(rows)}\n"
     )
     yield f"{speed_table(rows)}\n"
     yield _goal_table([(r, n, g) for r in rows if r.group != "speed" for n, g in r.goals.items()])
