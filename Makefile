@@ -3,7 +3,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-PYTEST_ARGS ?=
+# One thread a worker: torch's own pools on top of them would oversubscribe the cores. A test that is
+# about threads sets their number itself.
+WORKERS ?= auto
+PYTEST_ARGS ?= -n $(WORKERS) --maxprocesses 8 --dist worksteal
 # Installed before anything that has a range on torch, so that no range ever chooses a build by itself.
 TORCH ?= torch==2.13.0
 
@@ -27,7 +30,7 @@ demo: $(VENV)/.installed ## Prefills a long video prompt dense and sparse, and s
 	$(BIN)/permattn demo $(ARGS)
 
 test: $(VENV)/.installed ## Runs the whole test suite on the CPU.
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
 
 lint: $(VENV)/.lint ## Checks style and types: ruff, mypy, clang-format.
 	$(BIN)/ruff check .
