@@ -104,11 +104,9 @@ def random_blocks(
     generator = torch.Generator().manual_seed(seed)
     seen, full = _classify(q_perm, kv_perm, band, blocks.block_q, blocks.block_kv)
     visible = seen.sum(-1)
-    if isinstance(keep, int):
-        share = visible.double() * (keep / max(int(visible.sum()), 1))
-        want = share.cumsum(-1).round().diff(prepend=torch.zeros(1)).long()
-    else:
-        want = (visible * keep).round().long()
+    share = keep / max(int(visible.sum()), 1) if isinstance(keep, int) else keep
+    # Rounding the running sum keeps the total exact: 10 % of 64 blocks is 6 in one row, 7 in others.
+    want = (visible.double() * share).cumsum(-1).round().diff(prepend=torch.zeros(1)).long()
     want = want.clamp(min=1).minimum(visible)
     order = torch.rand(heads, *seen.shape, generator=generator)
     if band.min_lag is not None:
