@@ -105,7 +105,7 @@ def random_blocks(
     seen, full = _classify(q_perm, kv_perm, band, blocks.block_q, blocks.block_kv)
     visible = seen.sum(-1)
     share = keep / max(int(visible.sum()), 1) if isinstance(keep, int) else keep
-    # Rounding the running sum keeps the total exact: 10 % of 64 blocks is 6 in one row, 7 in others.
+    # Rounding the running sum keeps the total exact: 10 % of 64 blocks is 6 in some rows, else 7.
     want = (visible.double() * share).cumsum(-1).round().diff(prepend=torch.zeros(1)).long()
     want = want.clamp(min=1).minimum(visible)
     order = torch.rand(heads, *seen.shape, generator=generator)
