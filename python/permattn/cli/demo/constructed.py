@@ -168,7 +168,9 @@ def frequencies() -> Tensor:
     """float64 [PAIRS]: how fast each pair turns per position of its section."""
     out = []
     for count, still in zip(SECTIONS, STILL, strict=True):
-        moving = torch.logspace(math.log10(1.6), math.log10(0.15), count - still, dtype=torch.double)
+        moving = torch.logspace(
+            math.log10(1.6), math.log10(0.15), count - still, dtype=torch.double
+        )
         out += [moving, torch.full((still,), STILL_FREQUENCY, dtype=torch.double)]
     return torch.cat(out)
 

@@ -1,0 +1,136 @@
+"""Commands and their options; what they do lives in the modules beside."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from permattn.cli.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError, one_line
+
+app = typer.Typer(
+    name="permattn",
+    help="Block-sparse attention for long visual prompts.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one command line and turns every expected end into an exit code."""
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(list(argv), prog_name="permattn", standalone_mode=False)
+    except KeyboardInterrupt:
+        return _stop("interrupted", EXIT_INTERRUPTED)
+    except UserError as e:
+        return _stop(str(e), EXIT_BAD_INPUT)
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) left; the interpreter must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as e:
+        # By name: typer may bring a click of its own.
+        if type(e).__name__ == "Abort":
+            return _stop("interrupted", EXIT_INTERRUPTED)
+        if hasattr(e, "format_message"):
+            hint = getattr(getattr(e, "ctx", None), "command_path", "permattn")
+            return _stop(f"{one_line(e.format_message())} (see {hint} --help)", EXIT_BAD_INPUT)
+        raise
+    return result if isinstance(result, int) else 0
+
+
+def _stop(message: str, code: int) -> int:
+    print(f"permattn: {message}", file=sys.stderr)
+    return code
+
+
+@app.command()
+def info(
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say which backend the problem below would run on.")
+    ] = False,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 28,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key and value heads.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Prompt length.")] = 131072,
+    head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 128,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    density: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of causal pairs that are computed.")
+    ] = 0.1,
+    backward: Annotated[bool, typer.Option("--backward", help="With gradients.")] = False,
+    json: Json = False,
+) -> None:
+    """Show versions, devices and backends, and what stands in a backend's way.
+
+    With --explain: which backend and kernel a problem would run on, and what it would cost.
+    """
+    from permattn.cli import info as command
+
+    problem = command.Question(heads, kv_heads, tokens, head_dim, dtype, device, density, backward)
+    command.show(problem, explain=explain, as_json=json)
+
+
+@app.command()
+def demo(
+    video: Annotated[
+        Path | None, typer.Option(help="A video file. Default: one made from photographs.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A checkpoint: a local folder or a hub id. Default: a model with constructed "
+            "weights; its text is meaningless, its attention looks like that of trained models."
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=4, help="Video frames to read. Default: from --tokens.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="At least that many visual tokens.")] = 16384,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    backend: Annotated[str, typer.Option(help="auto, cpu, triton or reference.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for demo.png, demo.json and the video.")] = Path(
+        "demo-out"
+    ),
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Timed passes of each kind, in turns; medians are shown.")
+    ] = 2,
+    json: Json = False,
+) -> None:
+    """Prefill a long video prompt with and without sparse attention, and draw why it works.
+
+    Runs a real vision-language model class on a real video file, dense (torch SDPA) and sparse in
+    turns, and reports time, error, agreement and memory. Takes two to three minutes on two cores.
+    """
+    from permattn.cli.demo import run as command
+
+    options = command.Options(video, model, frames, tokens, device, dtype, backend, out, rounds)
+    command.show(options, as_json=json)
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def bench(context: typer.Context) -> int:
+    """Check results, then time them against torch (needs the repository's bench folder).
+
+    All arguments go to the bench: `permattn bench --help` lists them.
+    """
+    from permattn.cli import bench as command
+
+    return command.run(context.args)
