@@ -2,8 +2,8 @@
 
 import triton
 import triton.language as tl
-
 from permattn.triton_kernels.token_rule import (
+    dot_rows,
     from_odd,
     head_base,
     head_row,
@@ -11,9 +11,11 @@ from permattn.triton_kernels.token_rule import (
     load_list,
     load_rows,
     load_tokens,
+    row_is_seen,
     store_rows,
     tile_slots,
     token_is_visible,
+    token_range,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -44,7 +46,7 @@ def delta_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """delta = sum(out * dout) - dlse: what the softmax's gradient subtracts from dP. Token order."""
+    """delta = sum(out * dout) - dlse, in token order: what the softmax subtracts from dP."""
     i_program = tl.program_id(0)
     i_head = i_program // num_tiles
     i_b = i_head // num_q_heads
@@ -70,6 +72,8 @@ def _dq_of_list(
     b_delta,
     b_q_token,
     m_q,
+    q_low,
+    q_high,
     p_k,
     p_v,
     p_kv_token,
@@ -84,6 +88,7 @@ def _dq_of_list(
     qk_scale,
     PART: tl.constexpr,
     IS_FULL: tl.constexpr,
+    Q_IDENTITY: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,8 +97,10 @@ def _dq_of_list(
 ):
     """Adds dS K of one query tile over the entries of one list."""
     BLOCK_KV: tl.constexpr = PART[1]
+    # Looking at every pair before the loads would carry the pairs through all stages of a pipeline.
+    PAIRWISE: tl.constexpr = not IS_FULL and PART[3] and PART[4] and not Q_IDENTITY
     num_lanes = num_entries * BLOCK_KV
-    for i_lane in tl.range(0, num_lanes, BLOCK_N):
+    for i_lane in tl.range(0, num_lanes, BLOCK_N, num_stages=1 if PAIRWISE else None):
         o_slot, m_slot = lane_slots(p_entry, i_lane, num_lanes, num_kv_slots, BLOCK_KV, BLOCK_N)
         b_kv_token, m_kv = load_tokens(p_kv_token, o_slot, m_slot, num_kv_tokens, PART[2])
         if IS_FULL:
@@ -110,13 +117,23 @@ def _dq_of_list(
                 PART[3],
                 PART[4],
             )
-            # A key row that nobody here may see must not be read: 0 * NaN is NaN.
-            m_row = tl.max(m_visible.to(tl.int32), 0) > 0
+            m_row = row_is_seen(
+                m_visible,
+                b_kv_token,
+                m_kv,
+                q_low,
+                q_high,
+                min_lag,
+                max_lag,
+                PART[3],
+                PART[4],
+                Q_IDENTITY,
+            )
         b_k = load_rows(p_k, b_kv_token, m_row, k_stride, D, BLOCK_D)
         b_v = load_rows(p_v, b_kv_token, m_row, v_stride, DV, BLOCK_DV)
-        b_score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * qk_scale
+        b_score = dot_rows(b_q, b_k) * qk_scale
         b_p = tl.math.exp2(b_score - b_lse[:, None])
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
+        b_dp = dot_rows(b_dout, b_v)
         b_ds = tl.where(m_visible, b_p * (b_dp - b_delta[:, None]), 0.0)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
     return b_dq
@@ -188,6 +205,7 @@ def dq_kernel(
     b_dout = load_rows(p_dout, b_q_token, m_q, dout_strides[2], DV, BLOCK_DV)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
+    q_low, q_high = token_range(b_q_token, m_q)
     for n in tl.static_range(NUM_PARTS):
         num_kv_slots, capacity = from_odd(sizes[n][0]), from_odd(sizes[n][1])
         num_rows = (num_q_slots + PARTS[n][0] - 1) // PARTS[n][0]
@@ -208,6 +226,8 @@ def dq_kernel(
                 b_delta,
                 b_q_token,
                 m_q,
+                q_low,
+                q_high,
                 p_k,
                 p_v,
                 p_kv_token,
@@ -222,6 +242,7 @@ def dq_kernel(
                 qk_scale,
                 PARTS[n],
                 is_full,
+                Q_IDENTITY,
                 D,
                 DV,
                 BLOCK_N,

@@ -2,9 +2,9 @@
 
 import triton
 import triton.language as tl
-
 from permattn.triton_kernels.bwd import load_softmax
 from permattn.triton_kernels.token_rule import (
+    dot_rows,
     head_base,
     head_row,
     lane_slots,
@@ -68,11 +68,11 @@ def _dkdv_of_list(
                 PART[4],
             )
         b_q = load_rows(p_q, b_q_token, m_q, q_stride, D, BLOCK_D)
-        b_score = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * qk_scale
+        b_score = dot_rows(b_k, b_q) * qk_scale
         b_p = tl.where(m_visible, tl.math.exp2(b_score - b_lse[None, :]), 0.0)
         b_dout = load_rows(p_dout, b_q_token, m_q, dout_stride, DV, BLOCK_DV)
         b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
-        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+        b_dp = dot_rows(b_v, b_dout)
         b_ds = tl.where(m_visible, b_p * (b_dp - b_delta[None, :]), 0.0)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     return b_dk, b_dv
@@ -143,8 +143,8 @@ def dkdv_kernel(
         p_dk, p_dv: the results; where CARRY is set, float32 buffers that this launch adds to.
         lists: (q's token_of_slot, and the transposed index: its entries are query blocks).
         rows: `plan_rows` of kv's token_of_slot, then of `lists`.
-        i_head_begin, i_head_end: query heads inside the group that this launch serves. All of them where
-            they share one key order; else launches follow one another, one head each.
+        i_head_begin, i_head_end: query heads inside the group that this launch serves. All of them
+            where they share one key order; else launches follow one another, one head each.
         PART: (block_q, block_kv, q is identity, has min_lag, has max_lag).
         BLOCK_M, BLOCK_N: keys that stay, queries that stream past.
     """

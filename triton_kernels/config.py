@@ -71,8 +71,8 @@ def select_config(
         kernel: "fwd", "dq" or "dkdv".
         element_size: bytes per element of q, k and v: 2 or 4.
         head_dim, head_dim_v: D and Dv, 1..256.
-        unit: slots of the staying side that share one list (block_q; block_kv in dkdv): a tile is never
-            larger than the power of two that holds it.
+        unit: slots of the staying side that share one list (block_q; block_kv in dkdv): a tile is
+            never larger than the power of two that holds it.
 
     Returns: a Config whose block_m is a power of two >= 16, the least a matrix instruction takes.
     """
@@ -84,6 +84,6 @@ def select_config(
     width = max(64, padded_head_dim(max(head_dim, head_dim_v)))
     wide = _TABLE[kernel, element_size, width]
     block_m = min(wide.block_m, max(MIN_TILE, next_power_of_2(unit)))
-    # Fewer rows than a warp group takes leave warps to split the columns, which costs more than it gives.
+    # With few rows the warps split the columns, which costs more than it gives.
     num_warps = wide.num_warps if block_m == wide.block_m else min(wide.num_warps, 4)
     return Config(block_m, wide.block_n, num_warps, wide.num_stages)

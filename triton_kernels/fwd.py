@@ -2,8 +2,8 @@
 
 import triton
 import triton.language as tl
-
 from permattn.triton_kernels.token_rule import (
+    dot_rows,
     from_odd,
     head_base,
     head_row,
@@ -11,9 +11,11 @@ from permattn.triton_kernels.token_rule import (
     load_list,
     load_rows,
     load_tokens,
+    row_is_seen,
     store_rows,
     tile_slots,
     token_is_visible,
+    token_range,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -25,6 +27,8 @@ def _attend_list(
     b_q,
     b_q_token,
     m_q,
+    q_low,
+    q_high,
     p_k,
     p_v,
     p_kv_token,
@@ -39,6 +43,7 @@ def _attend_list(
     qk_scale,
     PART: tl.constexpr,
     IS_FULL: tl.constexpr,
+    Q_IDENTITY: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -48,8 +53,10 @@ def _attend_list(
     """Online softmax (base 2) of one query tile over the entries of one list."""
     BLOCK_KV: tl.constexpr = PART[1]
     b_acc, b_high, b_total = state
+    # Looking at every pair before the loads would carry the pairs through all stages of a pipeline.
+    PAIRWISE: tl.constexpr = not IS_FULL and PART[3] and PART[4] and not Q_IDENTITY
     num_lanes = num_entries * BLOCK_KV
-    for i_lane in tl.range(0, num_lanes, BLOCK_N):
+    for i_lane in tl.range(0, num_lanes, BLOCK_N, num_stages=1 if PAIRWISE else None):
         o_slot, m_slot = lane_slots(p_entry, i_lane, num_lanes, num_kv_slots, BLOCK_KV, BLOCK_N)
         b_kv_token, m_kv = load_tokens(p_kv_token, o_slot, m_slot, num_kv_tokens, PART[2])
         if IS_FULL:
@@ -66,10 +73,20 @@ def _attend_list(
                 PART[3],
                 PART[4],
             )
-            # 0 * NaN is NaN: a value row that nobody here may see must not be read at all.
-            m_v = tl.max(m_visible.to(tl.int32), 0) > 0
+            m_v = row_is_seen(
+                m_visible,
+                b_kv_token,
+                m_kv,
+                q_low,
+                q_high,
+                min_lag,
+                max_lag,
+                PART[3],
+                PART[4],
+                Q_IDENTITY,
+            )
         b_k = load_rows(p_k, b_kv_token, m_kv, k_stride, D, BLOCK_D)
-        b_score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * qk_scale
+        b_score = dot_rows(b_q, b_k) * qk_scale
         b_score = tl.where(m_visible, b_score, float("-inf"))
         b_now = tl.maximum(b_high, tl.max(b_score, 1))
         # A row that has seen nothing keeps -inf, and -inf - -inf must not become NaN.
@@ -126,8 +143,8 @@ def fwd_kernel(
     """One query tile of one head, over NUM_PARTS parts that share the query order.
 
     Args:
-        p_acc, p_high, p_total: float32 state in token order [B, Hq, Sq, Dv], [B, Hq, Sq] twice, read and
-            written where CARRY is set: then this launch is one of several of the plan.
+        p_acc, p_high, p_total: float32 state in token order, [B, Hq, Sq, Dv] and [B, Hq, Sq] twice;
+            read and written where CARRY is set: then this launch is one of several of the plan.
         lists: per part (token_of_slot, kv_indices, row_offsets, kv_num_full).
         rows: `plan_rows` of q's token_of_slot, then of the four tensors of every part.
         sizes: per part odd numbers of (num_kv_slots, capacity, min_lag, max_lag).
@@ -160,6 +177,7 @@ def fwd_kernel(
         b_high = tl.full([BLOCK_M], float("-inf"), tl.float32)
         b_total = tl.zeros([BLOCK_M], tl.float32)
 
+    q_low, q_high = token_range(b_q_token, m_q)
     for n in tl.static_range(NUM_PARTS):
         num_kv_slots, capacity = from_odd(sizes[n][0]), from_odd(sizes[n][1])
         num_rows = (num_q_slots + PARTS[n][0] - 1) // PARTS[n][0]
@@ -177,6 +195,8 @@ def fwd_kernel(
                 b_q,
                 b_q_token,
                 m_q,
+                q_low,
+                q_high,
                 p_k,
                 p_v,
                 p_kv_token,
@@ -191,6 +211,7 @@ def fwd_kernel(
                 qk_scale,
                 PARTS[n],
                 is_full,
+                Q_IDENTITY,
                 D,
                 DV,
                 BLOCK_N,

@@ -1,4 +1,4 @@
-"""Host side: plain tensors and integers in, kernel launches out. No device sync, no hidden state."""
+"""Host side: plain tensors and integers in, kernel launches out. No sync, no hidden state."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from permattn.triton_kernels.bwd import delta_kernel, dq_kernel
 from permattn.triton_kernels.bwd_dkdv import dkdv_kernel
 from permattn.triton_kernels.config import padded_head_dim, select_config
 from permattn.triton_kernels.fwd import finish_kernel, fwd_kernel
+from torch import Tensor
 
 LOG2E = 1.4426950408889634
+# Lengths stay below it, so that twice a lag fits 32 bits.
+LAG_LIMIT = 2**30
 # Rows per program of the kernels that touch every token once.
 ROW_TILE = 64
 # Parts of one launch: each adds two loops to the kernel's code.
@@ -49,13 +50,22 @@ class Part:
 
 
 def odd(n: int) -> int:
-    """n as an odd number: Triton compiles anew for 1 and for multiples of 16, and lengths must not."""
+    """n made odd: Triton compiles anew for 1 and for multiples of 16, and lengths must not."""
     return 2 * n + 1
 
 
-def clamp_lag(lag: int | None) -> int:
-    """A bound that fits 31 bits as well: |q_token - kv_token| never gets there."""
-    return 0 if lag is None else min(max(lag, -(2**30)), 2**30 - 1)
+def band_lags(part: Part) -> tuple[int, int]:
+    """(min_lag, max_lag) in 31 bits, which no lag reaches; 0 where the kernel will not look.
+
+    An empty band becomes one that no pair reaches: the kernels may then test its ends one by one.
+    """
+    low, high = (
+        0 if lag is None else min(max(lag, -LAG_LIMIT), LAG_LIMIT - 1)
+        for lag in (part.min_lag, part.max_lag)
+    )
+    if part.min_lag is not None and part.max_lag is not None and low >= high:
+        low = LAG_LIMIT - 1
+    return low, high
 
 
 def plan_rows(x: Tensor) -> tuple[int, int]:
@@ -89,8 +99,8 @@ def num_tiles_of(num_slots: int, unit: int, tile: int) -> int:
 def fused_runs(parts: Sequence[Part]) -> list[list[Part]]:
     """Parts in order, those that can share one launch together.
 
-    They must share the query order, and a unit of slots (the greatest common divisor of their block_q)
-    that fills a tile.
+    They must share the query order, and a unit of slots (the greatest common divisor of their
+    block_q) that fills a tile.
     """
     runs: list[list[Part]] = []
     for part in sorted(parts, key=lambda p: p.group):
@@ -119,8 +129,7 @@ class Lists:
             four = (p.kv_token, p.kv_indices, p.row_offsets, p.kv_num_full)
             tensors.append(four)
             rows += [plan_rows(x) for x in four]
-            lags = clamp_lag(p.min_lag), clamp_lag(p.max_lag)
-            counts = p.kv_token.shape[-1], p.kv_indices.shape[-1], *lags
+            counts = p.kv_token.shape[-1], p.kv_indices.shape[-1], *band_lags(p)
             sizes.append(tuple(odd(n) for n in counts))
             has_lags = p.min_lag is not None, p.max_lag is not None
             parts.append((p.block_q, p.block_kv, p.kv_identity, *has_lags))
@@ -159,8 +168,8 @@ def launch_forward(
 ) -> None:
     """Fills out [B, Hq, Sq, Dv] and lse [B, Hq, Sq] (contiguous float32, natural log).
 
-    One launch serves all parts that share a query order; only a plan of several orders keeps its softmax
-    state (float32, token order) in memory between launches.
+    One launch serves all parts that share a query order; only a plan of several orders keeps its
+    softmax state (float32, token order) in memory between launches.
     """
     if out.numel() == 0:
         return
@@ -279,7 +288,7 @@ def launch_delta(out: Tensor, dout: Tensor, dlse: Tensor) -> Tensor:
 
 
 def launch_dq(g: Gradient, parts: Sequence[Part]) -> Tensor:
-    """dQ in q's dtype. Parts of one query order share a launch; several orders add up in float32."""
+    """dQ. Parts of one query order share a launch; several orders add up in float32."""
     runs = fused_runs(parts)
     carry = len(runs) > 1
     if carry:
@@ -356,8 +365,8 @@ def launch_dkdv(
 ) -> tuple[Tensor, Tensor]:
     """dK and dV in k's and v's dtype, deterministic.
 
-    Every launch owns each key row once, so there are no atomics. Launches of several parts, or of the
-    heads of a group whose key orders differ, follow one another and add up in float32.
+    Every launch owns each key row once, so there are no atomics. Launches of several parts, or of
+    the heads of a group whose key orders differ, follow one another and add up in float32.
 
     Args:
         transposed: per part (query blocks, row_offsets, num_full) of `BlockIndex.transpose`.
@@ -430,8 +439,7 @@ def _launch_dkdv_part(
         num_kv_slots,
         lists[0].shape[-1],
         num_tiles,
-        clamp_lag(part.min_lag),
-        clamp_lag(part.max_lag),
+        *band_lags(part),
         g.scale,
         g.scale * LOG2E,
         PART=(part.block_q, part.block_kv, part.q_identity, *has_lags),

@@ -33,6 +33,41 @@ def token_is_visible(
 
 
 @triton.jit
+def token_range(b_token, m_token):
+    """Lowest and highest token of a tile, for `row_is_seen`; lowest > highest when it has none."""
+    return tl.min(tl.where(m_token, b_token, 1 << 30)), tl.max(tl.where(m_token, b_token, -1))
+
+
+@triton.jit
+def row_is_seen(
+    m_visible,
+    b_kv_token,
+    m_kv,
+    q_low,
+    q_high,
+    min_lag,
+    max_lag,
+    HAS_MIN: tl.constexpr,
+    HAS_MAX: tl.constexpr,
+    IN_ORDER: tl.constexpr,
+):
+    """Which key rows some query of the tile sees. The others must not be read: 0 * NaN is NaN.
+
+    One bound needs only the tile's lowest or highest token, and so do both where its tokens follow
+    each other. Only two bounds over queries out of order need a look at every pair, which costs
+    registers.
+    """
+    if HAS_MIN and HAS_MAX and not IN_ORDER:
+        return tl.max(m_visible.to(tl.int32), 0) > 0
+    m_seen = m_kv
+    if HAS_MIN:
+        m_seen = m_seen & (q_high - b_kv_token >= min_lag)
+    if HAS_MAX:
+        m_seen = m_seen & (q_low - b_kv_token < max_lag)
+    return m_seen
+
+
+@triton.jit
 def from_odd(x):
     """The integer that `launch.odd` packed."""
     return (x - 1) // 2
@@ -40,7 +75,7 @@ def from_odd(x):
 
 @triton.jit
 def head_row(i_b, i_h, rows):
-    """Which row of a [Bx, Hx, n] plan tensor serves (batch row, head); `rows` comes from `plan_rows`."""
+    """Which row of a [Bx, Hx, n] plan tensor serves a batch row and head; see `plan_rows`."""
     return (i_b * rows[0] + i_h * rows[1]).to(tl.int64)
 
 
@@ -62,7 +97,7 @@ def tile_slots(i_tile, num_slots, UNIT: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def load_tokens(p_token, o_slot, m_slot, num_tokens, IDENTITY: tl.constexpr):
-    """Tokens of slots, and which of them exist (a hole does not, nor a token of an unchecked plan)."""
+    """Tokens of slots, and which of them exist: no holes, no numbers of an unchecked plan."""
     if IDENTITY:
         b_token = o_slot
         m_token = m_slot & (o_slot < num_tokens)
@@ -86,9 +121,11 @@ def load_list(p_row_offsets, p_num_full, i_row, capacity):
 
 @triton.jit
 def lane_slots(p_entry, i_lane, num_lanes, num_slots, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Slots of TILE consecutive lanes of a list, where lane j means slot j % BLOCK of entry j // BLOCK.
+    """Slots of TILE consecutive lanes of a list, where lane j means slot j % BLOCK of entry j //
+    BLOCK.
 
-    So a tile may be part of a block, or hold many blocks, or straddle them: blocks carry the meaning,
+    So a tile may be part of a block, or hold many blocks, or straddle them: blocks carry the
+        meaning,
     tiles the speed.
     """
     num_blocks = (num_slots + BLOCK - 1) // BLOCK
@@ -130,6 +167,22 @@ def store_rows(p_base, b_token, m_row, stride, b_value, D: tl.constexpr, BLOCK_D
 
 
 @triton.jit
+def dot_rows(b_x, b_y):
+    """b_x b_y^T in float32.
+
+    Without matrix instructions (float32 in full precision) a thread keeps whole rows of both sides in
+    registers: wide rows are cut into pieces that fit, and the products of the pieces added.
+    """
+    PIECE: tl.constexpr = 64
+    WIDTH: tl.constexpr = b_x.shape[1]
+    if b_x.dtype == tl.float32 and WIDTH > PIECE:
+        b_x = tl.permute(tl.reshape(b_x, (b_x.shape[0], WIDTH // PIECE, PIECE)), (1, 0, 2))
+        b_y = tl.permute(tl.reshape(b_y, (b_y.shape[0], WIDTH // PIECE, PIECE)), (1, 2, 0))
+        return tl.sum(tl.dot(b_x, b_y, input_precision="ieee"), 0)
+    return tl.dot(b_x, tl.trans(b_y), input_precision="ieee")
+
+
+@triton.jit
 def head_base(p_base, i_b, i_h, strides):
-    """Address of token 0 of a batch row and head; `strides` are (batch, head, token), in elements."""
+    """Address of token 0 of a batch row and head; strides (batch, head, token) in elements."""
     return p_base + i_b.to(tl.int64) * strides[0] + i_h.to(tl.int64) * strides[1]

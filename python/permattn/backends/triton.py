@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 NAME = "triton"
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Both are settled once, here: a look-up inside why_not would break fullgraph compilation. Triton itself
-# reads the variable when it is imported; under it, kernels run on CPU tensors, for tests.
+# Both are settled once, here: a look-up inside why_not would break fullgraph compilation. Triton
+# itself reads the variable when it is imported; under it, kernels run on CPU tensors, for tests.
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -46,17 +46,28 @@ def why_not(problem: Problem) -> str | None:
 
 def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:
     from permattn.ops import empty_out
-    from permattn.triton_kernels.launch import launch_forward
 
-    q, k, v = args.q, args.k, args.v
-    out = empty_out(q, v)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    with _on_device_of(q):
-        launch_forward(q, k, v, out, lse, kernel_parts(args.plan), args.scale)
+    out = empty_out(args.q, args.v)
+    lse = torch.empty(args.q.shape[:3], dtype=torch.float32, device=args.q.device)
+    with _on_device_of(args.q):
+        forward_kernels(args, out, lse)
     return out, lse
 
 
 def backward(args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:
+    with _on_device_of(args.q):
+        return backward_kernels(args)
+
+
+def forward_kernels(args: FwdArgs, out: Tensor, lse: Tensor) -> None:
+    """Launches the forward of a call into out [B, Hq, Sq, Dv] and lse [B, Hq, Sq]."""
+    from permattn.triton_kernels.launch import launch_forward
+
+    launch_forward(args.q, args.k, args.v, out, lse, kernel_parts(args.plan), args.scale)
+
+
+def backward_kernels(args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the backward of a call; lists are transposed on the device, without a sync."""
     from permattn.triton_kernels.launch import Gradient, launch_delta, launch_dkdv, launch_dq
 
     parts = kernel_parts(args.plan)
@@ -64,12 +75,11 @@ def backward(args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:
     for part in args.plan.parts:
         index = part.index.transpose(part.num_kv_blocks)
         transposed.append((index.kv_indices, index.row_offsets, index.kv_num_full))
-    with _on_device_of(args.q):
-        lse = args.lse.contiguous()
-        delta = launch_delta(args.out, args.dout, args.dlse)
-        shared = Gradient(args.q, args.k, args.v, args.dout, lse, delta, args.scale)
-        dq = launch_dq(shared, parts)
-        dk, dv = launch_dkdv(shared, parts, transposed)
+    delta = launch_delta(args.out, args.dout, args.dlse)
+    lse = args.lse.contiguous()
+    shared = Gradient(args.q, args.k, args.v, args.dout, lse, delta, args.scale)
+    dq = launch_dq(shared, parts)
+    dk, dv = launch_dkdv(shared, parts, transposed)
     return dq, dk, dv
 
 

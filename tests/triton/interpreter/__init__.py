@@ -1,7 +1,7 @@
 """Triton's CPU interpreter, repaired and made strict. Import it before any kernel is launched.
 
-`repairs` makes bfloat16, float8 and int8 arithmetic right; `memory_checker` makes every launch report
-addresses outside its tensors and races between its programs. Works with Triton 3.6 and 3.9.
+`repairs` makes bfloat16, float8 and int8 arithmetic right; `memory_checker` makes every launch
+report addresses outside its tensors and races between its programs. Works with Triton 3.6 and 3.9.
 """
 
 import os

@@ -1,21 +1,37 @@
 """Every load and store of a launch, held against the tensors that the launch was given.
 
-Caught: an address outside every tensor argument (with the lanes and the tensor), a misaligned one, two
-programs that store one element, a program that loads what another program of the same launch stored, one
-store that writes an element twice. Programs of the interpreter run one after another, so such races give
-no wrong number there; on a GPU they do.
+Caught: an address outside every tensor argument (with the lanes and the tensor), a misaligned one,
+    two
+programs that store one element, a program that loads what another program of the same launch
+stored, one store that writes an element twice. Programs of the interpreter run one after another,
+so such races give no wrong number there; on a GPU they do.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.deterministic
 import triton.runtime.interpreter as stock
 
 Builder = stock.InterpreterBuilder
+
+
+@contextlib.contextmanager
+def untouched_memory() -> Iterator[None]:
+    """Inside, `torch.empty` leaves new memory alone even where tests fill it with NaN."""
+    settings = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = before
 
 
 class KernelMemoryError(AssertionError):
@@ -29,7 +45,8 @@ class Region:
     begin: int
     end: int
     name: str
-    # Program number + 1 of the last store of an element, and the element size; made on the first store.
+    # Program number + 1 of the last store of an element, and the element size; made on the first
+    # store.
     writer: np.ndarray | None = None
     size: int = 0
 
@@ -64,7 +81,7 @@ class Checker:
         self.launches += 1
 
     def check(self, pointers: Any, mask: np.ndarray, kind: str) -> None:
-        """Raises KernelMemoryError unless every unmasked address is in place. kind: load, store, atomic."""
+        """Raises KernelMemoryError unless every unmasked address of the access is in place."""
         if not self.enabled:
             return
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -143,24 +160,24 @@ def _program_number() -> int:
 def install() -> Checker:
     """Hooks a Checker into every memory operation of the interpreter."""
     checker = Checker()
-    for method, kind in (
-        ("create_masked_load", "load"),
-        ("create_masked_store", "store"),
-        ("create_atomic_rmw", "atomic"),
-        ("create_atomic_cas", "atomic"),
+    for method, kind, mask in (
+        ("create_masked_load", "load", 1),
+        ("create_masked_store", "store", 2),
+        ("create_atomic_rmw", "atomic", 3),
+        ("create_atomic_cas", "atomic", None),
     ):
-        _hook(checker, method, kind)
+        _hook(checker, method, kind, mask)
     _hook_launch(checker)
     return checker
 
 
-def _hook(checker: Checker, method: str, kind: str) -> None:
+def _hook(checker: Checker, method: str, kind: str, mask: int | None) -> None:
+    """Checks before every call of a method; `mask` is the place of the mask among its arguments."""
     original = getattr(Builder, method)
 
     def checked(self, *args):
         pointers = args[1] if method == "create_atomic_rmw" else args[0]
-        mask = {"create_masked_load": 1, "create_masked_store": 2, "create_atomic_rmw": 3}.get(method)
-        lanes = np.ones(pointers.data.shape, bool) if mask is None else args[mask].data
+        lanes = args[mask].data if mask else np.ones(pointers.data.shape, bool)
         checker.check(pointers, lanes, kind)
         return original(self, *args)
 

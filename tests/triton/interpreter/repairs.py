@@ -1,8 +1,8 @@
 """What the stock interpreter computes wrongly, computed rightly.
 
-It keeps bfloat16 and float8 as bit patterns and lets numpy add, multiply and compare those patterns;
-it truncates where a GPU rounds to nearest even. Here such values are decoded to float32, computed there
-and rounded once, which is what the hardware does.
+It keeps bfloat16 and float8 as bit patterns and lets numpy add, multiply and compare those
+patterns; it truncates where a GPU rounds to nearest even. Here such values are decoded to float32,
+computed there and rounded once, which is what the hardware does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _TORCH_TYPE = {
     tl.float8e5: torch.float8_e5m2,
 }
 _COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
-# |a * b| <= 2^14 for int8, and float32 counts exactly up to 2^24: 1024 products at a time stay exact.
+# |a * b| <= 2^14 for int8, and float32 counts exactly up to 2^24: 1024 products at a time stay
+# exact.
 _EXACT_INT8_TERMS = 512
 
 
@@ -115,7 +116,8 @@ def _repair_dot() -> None:
             product = _int8_matmul(left, right)
         else:
             work = np.float64 if left.dtype == np.float64 else np.float32
-            product = np.matmul(left.astype(work), right.astype(work))
+            with np.errstate(invalid="ignore"):
+                product = np.matmul(left.astype(work), right.astype(work))
         return Handle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 
     Builder.create_dot = create_dot
