@@ -1,6 +1,6 @@
 """`python -m bench.docs`: documents made from bench/results; `--check` says whether they agree.
 
-docs/performance.md is written whole. In README.md, only what stands between markers is:
+docs/performance.md is written whole. In README.md and docs/, only what stands between markers is:
 `<!-- bench: cpu.jsonl/CASE/goals/NAME/value .1f -->7.3<!-- /bench -->` for a number of a results
 file, and `<!-- bench: table -->` ... `<!-- /bench -->` for the table of speed-ups.
 """
@@ -52,9 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def documents() -> dict[Path, str]:
     """Every generated document and what it must say."""
     made = {PAGE: performance_page(RESULTS)}
-    if README.exists():
-        made[README] = fill(README.read_text(encoding="utf-8"), RESULTS)
+    for path in prose():
+        made[path] = fill(path.read_text(encoding="utf-8"), RESULTS)
     return made
+
+
+def prose() -> list[Path]:
+    """The documents that people write: README and docs/, without the generated page."""
+    found = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path for path in found if path.exists() and path != PAGE]
 
 
 def fill(text: str, results: Path) -> str:
