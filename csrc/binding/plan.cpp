@@ -12,7 +12,32 @@ PermView perm_view_of(const Tensor& token_of_slot, const Tensor& slot_of_token, 
   return view;
 }
 
+IndexView index_view_of(const Tensor* t, int64_t block_row, int64_t block_col, const Problem& problem) {
+  const IndexView index{int_view_of(t[0], problem.batch, problem.q_heads, "indices"),
+                        int_view_of(t[1], problem.batch, problem.q_heads, "row_offsets"),
+                        int_view_of(t[2], problem.batch, problem.q_heads, "num_full"), block_row,
+                        block_col};
+  STD_TORCH_CHECK(index.row_offsets.size == index.num_full.size + 1,
+                  "row_offsets: wants one column more than num_full, got ", index.row_offsets.size,
+                  " and ", index.num_full.size);
+  STD_TORCH_CHECK(block_row >= 1 && block_col >= 1, "block_q, block_kv: must be >= 1, got ", block_row,
+                  ", ", block_col);
+  return index;
+}
+
 }  // namespace
+
+void add_transposed(std::vector<PlanPart>& parts, const std::vector<Tensor>& tensors,
+                    const Problem& problem) {
+  constexpr size_t kPerPart = 3;
+  STD_TORCH_CHECK(tensors.size() == kPerPart * parts.size(), "transposed: wants 3 tensors a part, got ",
+                  tensors.size());
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const IndexView& index = parts[i].index;
+    parts[i].transposed =
+        index_view_of(&tensors[kPerPart * i], index.block_col, index.block_row, problem);
+  }
+}
 
 std::vector<PlanPart> parts_of(const std::vector<Tensor>& tensors, const std::vector<int64_t>& ints,
                                const Problem& problem) {
@@ -28,16 +53,7 @@ std::vector<PlanPart> parts_of(const std::vector<Tensor>& tensors, const std::ve
     PlanPart part{};
     part.q_perm = perm_view_of(t[0], t[1], problem.sq, problem, "q_perm");
     part.kv_perm = perm_view_of(t[2], t[3], problem.skv, problem, "kv_perm");
-    IndexView& index = part.index;
-    index.indices = int_view_of(t[4], problem.batch, problem.q_heads, "kv_indices");
-    index.row_offsets = int_view_of(t[5], problem.batch, problem.q_heads, "row_offsets");
-    index.num_full = int_view_of(t[6], problem.batch, problem.q_heads, "kv_num_full");
-    index.block_row = n[0];
-    index.block_col = n[1];
-    STD_TORCH_CHECK(index.row_offsets.size == index.num_full.size + 1,
-                    "row_offsets: wants one column more than kv_num_full, got ",
-                    index.row_offsets.size, " and ", index.num_full.size);
-    STD_TORCH_CHECK(n[0] >= 1 && n[1] >= 1, "block_q, block_kv: must be >= 1, got ", n[0], ", ", n[1]);
+    part.index = index_view_of(t + 4, n[0], n[1], problem);
     part.band = band_of(n[2] != 0, n[3], n[4] != 0, n[5]);
     part.group = static_cast<int32_t>(n[8]);
     STD_TORCH_CHECK(n[8] >= 0 && n[8] <= static_cast<int64_t>(i), "plan: bad group number ", n[8]);

@@ -56,6 +56,10 @@ inline IntView int_view_of(const Tensor& x, int64_t batch, int64_t heads, const 
 std::vector<PlanPart> parts_of(const std::vector<Tensor>& tensors, const std::vector<int64_t>& ints,
                                const Problem& problem);
 
+// Reads the transposed lists (indices, row_offsets, num_full of every part) into `parts`.
+void add_transposed(std::vector<PlanPart>& parts, const std::vector<Tensor>& tensors,
+                    const Problem& problem);
+
 // Fills everything but `parts`, after checking that the shapes belong together.
 Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, double scale);
 

@@ -72,7 +72,9 @@ struct BwdParams {
   TensorView out, dout;   // [B, Hq, Sq, Dv]
   const float* lse;       // [B, Hq, Sq], contiguous
   const float* dlse;      // [B, Hq, Sq], contiguous; 0 where lse is -inf
-  TensorView dq, dk, dv;  // contiguous; shapes of q, k, v
+  float* dq;              // [B, Hq, Sq, D], contiguous, zeros on entry
+  float* dk;              // [B, Hkv, Skv, D], likewise
+  float* dv;              // [B, Hkv, Skv, Dv], likewise
 };
 
 }  // namespace permattn

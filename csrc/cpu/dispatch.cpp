@@ -84,6 +84,7 @@ Kernels select_kernels(Isa isa, Dtype dtype) {
     }
     if (chosen.backward == nullptr) {
       chosen.backward = kernels.backward;
+      chosen.backward_delta = kernels.backward_delta;
       chosen.backward_scratch = kernels.backward_scratch;
     }
   }

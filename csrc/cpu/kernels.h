@@ -40,18 +40,16 @@ struct FwdTile {
   int64_t size;  // slots, at most kTileLanes
 };
 
-// Which side lies in vector lanes: a backward tile gives dQ of its queries, or dK and dV of its keys.
+// A backward tile: dQ of its queries, or dK and dV of its keys. The side it owns lies in vector lanes
+// and the other side is streamed; the arithmetic is the same.
 struct BwdTile {
   const BwdParams* params;
-  const float* delta;       // [B, Hq, Sq]: rowsum(out * dout) - dlse
-  const PlanPart* parts;    // the parts to walk, in order
-  const int32_t* part_ids;  // [num_parts]
+  const float* delta;     // [B, Hq, Sq]: rowsum(out * dout) - dlse
+  const int32_t* parts;   // [num_parts], into Problem::parts; they share the order of the lanes
   int32_t num_parts;
   bool lanes_are_keys;
   int64_t b, h;  // h is a query head
   int64_t slot, size;
-  float* grad_rows;    // dQ or dK rows, float32 [S, D] of this (b, head); added to
-  float* grad_v_rows;  // dV rows, float32 [Skv, Dv]; null for dQ
 };
 
 using FwdTileFn = void (*)(const FwdTile& tile, std::byte* scratch);
@@ -64,6 +62,8 @@ struct Kernels {
   void (*forward_rest)(const FwdTile& tile);
   SizeFn forward_scratch;  // bytes per thread
   BwdTileFn backward;
+  // delta of queries [slot, slot + size).
+  void (*backward_delta)(const BwdTile& tile, float* delta);
   SizeFn backward_scratch;
 };
 

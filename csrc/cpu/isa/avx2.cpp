@@ -12,11 +12,7 @@
 
 #include "target_avx2.h"
 namespace permattn::cpu::avx2 {
-#include "../kernel/base.inl"
-//
-#include "../kernel/float_math.inl"
-//
-#include "../kernel/forward.inl"
+#include "../kernel/float_kernels.inl"
 }  // namespace permattn::cpu::avx2
 #include "target_end.h"
 

@@ -12,11 +12,7 @@
 
 #include "target_avx512.h"
 namespace permattn::cpu::avx512 {
-#include "../kernel/base.inl"
-//
-#include "../kernel/float_math.inl"
-//
-#include "../kernel/forward.inl"
+#include "../kernel/float_kernels.inl"
 }  // namespace permattn::cpu::avx512
 #include "target_end.h"
 

@@ -23,7 +23,12 @@ namespace permattn::cpu::avx512_bf16 {
 namespace permattn::cpu {
 Kernels avx512_bf16_kernels(Dtype dtype) {
   if (dtype != Dtype::kBFloat16) return {};
-  return avx512_bf16::kernels_of<avx512_bf16::Bf16Math>();
+  using avx512_bf16::Bf16Math;
+  Kernels kernels{};
+  kernels.forward = avx512_bf16::forward_tile<Bf16Math>;
+  kernels.forward_rest = avx512_bf16::forward_rest<Bf16Math>;
+  kernels.forward_scratch = avx512_bf16::forward_scratch<Bf16Math>;
+  return kernels;
 }
 }  // namespace permattn::cpu
 #endif

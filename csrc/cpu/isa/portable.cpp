@@ -8,11 +8,7 @@
 #define PERMATTN_CHUNK 96
 
 namespace permattn::cpu::portable {
-#include "../kernel/base.inl"
-//
-#include "../kernel/float_math.inl"
-//
-#include "../kernel/forward.inl"
+#include "../kernel/float_kernels.inl"
 }  // namespace permattn::cpu::portable
 
 namespace permattn::cpu {

@@ -68,19 +68,3 @@ struct FloatMath {
     }
   }
 };
-
-template <class Math>
-Kernels kernels_of();
-
-// fp32 arithmetic for every dtype.
-static Kernels float_kernels(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return kernels_of<FloatMath<Float32>>();
-    case Dtype::kBFloat16:
-      return kernels_of<FloatMath<BFloat16>>();
-    case Dtype::kFloat16:
-      return kernels_of<FloatMath<Float16>>();
-  }
-  return {};
-}

@@ -20,15 +20,6 @@ struct FwdSizes {
   }
 };
 
-struct Carver {
-  std::byte* next;
-  float* floats(int64_t n) {
-    auto* p = reinterpret_cast<float*>(next);
-    next += round_up(n * 4, 64);
-    return p;
-  }
-};
-
 template <class Math>
 struct FwdBuffers {
   float *q, *o, *s, *k, *v, *top, *sum, *row;
@@ -140,7 +131,7 @@ struct FwdTileRun {
     Math::pack_rows(k, chunk.token, chunk.count, dim, size.k_stride, buf.k);
     Math::pack_columns(v, chunk.token, chunk.count, dim_v, size.v_stride, buf.v);
     for (int lane = 0; lane < lanes.count; lane += kMaxPanel * kWidth) {
-      const int vectors = (lanes.count - lane + kWidth - 1) / kWidth;
+      const int vectors = panel_vectors(lanes, lane);
       if (vectors == 1) {
         attend<Math, 1>(size, buf, chunk, lane, dim_v, c);
 #if PERMATTN_WIDTH == 16
@@ -215,19 +206,12 @@ PERMATTN_INLINE void finish(const FwdTile& tile, const FwdSizes<Math>& size,
   const int64_t head = tile.b * tile.params->problem.q_heads + tile.h;
   const Partial& partial = tile.group->partial;
   for (int lane = 0; lane < lanes.count; lane += kWidth) {
-    constexpr int kPanel = kMaxPanel * kWidth;
-    const int panel = lane / kPanel * kPanel;
-    const int used = (lanes.count - panel + kWidth - 1) / kWidth;
-    const int64_t width = (used < kMaxPanel ? used : kMaxPanel) * kWidth;
+    const int panel = lane / (kMaxPanel * kWidth) * (kMaxPanel * kWidth);
+    const int64_t width = panel_vectors(lanes, panel) * kWidth;
     const float* o = buf.o + panel * size.o_rows + (lane - panel);
     const VecF sum = load(buf.sum + lane);
     const VecF inverse = select(sum == 0.0F, VecF{}, 1.0F / sum);
-    for (int64_t d = 0; d < dim_v; d += kWidth) {
-      VecF r[kWidth];
-      for (int j = 0; j < kWidth; ++j) r[j] = load(o + (d + j) * width) * inverse;
-      transpose(r);
-      for (int j = 0; j < kWidth; ++j) store(buf.row + j * row_stride + d, r[j]);
-    }
+    lanes_to_rows(o, width, dim_v, inverse, buf.row, row_stride);
     const int count = lanes.count - lane < kWidth ? lanes.count - lane : kWidth;
     for (int j = 0; j < count; ++j) {
       const float total = buf.sum[lane + j];
@@ -263,9 +247,8 @@ void forward_tile(const FwdTile& tile, std::byte* scratch) {
   const int lanes_used = static_cast<int>(round_up(lanes.count, kWidth));
   const RowsOf<Storage> q(p.q, tile.b, tile.h);
   for (int lane = 0; lane < lanes_used; lane += kMaxPanel * kWidth) {
-    const int left = (lanes_used - lane) / kWidth;
-    const int vectors = left < kMaxPanel ? left : kMaxPanel;
-    Math::pack_lanes(q, lanes, lane, vectors, problem.head_dim, sign, buf.q + lane * size.steps);
+    Math::pack_lanes(q, lanes, lane, panel_vectors(lanes, lane), problem.head_dim, sign,
+                     buf.q + lane * size.steps);
   }
   for (int64_t i = 0; i < lanes_used * size.o_rows; i += kWidth) store(buf.o + i, VecF{});
   for (int i = 0; i < lanes_used; i += kWidth) {
@@ -309,9 +292,4 @@ void forward_rest(const FwdTile& tile) {
     if (static_cast<uint32_t>(slot) < num_slots && token_of_slot[slot] == token) continue;
     write_row<typename Math::Type>(tile, static_cast<int32_t>(token), zeros, -kInfinity);
   }
-}
-
-template <class Math>
-Kernels kernels_of() {
-  return {forward_tile<Math>, forward_rest<Math>, forward_scratch<Math>, nullptr, nullptr};
 }

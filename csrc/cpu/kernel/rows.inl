@@ -51,3 +51,29 @@ struct RowsOf {  // [S, width] of one (batch, head)
 
   const Storage* operator[](int64_t token) const { return data + token * stride; }
 };
+
+// Lane vectors in use in the panel that begins at lane `first`.
+PERMATTN_INLINE int panel_vectors(const Lanes& lanes, int first) {
+  const int left = (lanes.count - first + kWidth - 1) / kWidth;
+  return left < kMaxPanel ? left : kMaxPanel;
+}
+
+// kWidth lanes of C[column][lane], scaled lane by lane, as rows[lane][column].
+PERMATTN_INLINE void lanes_to_rows(const float* c, int64_t width, int64_t columns, VecF factor,
+                                   float* rows, int64_t row_stride) {
+  for (int64_t d = 0; d < columns; d += kWidth) {
+    VecF r[kWidth];
+    for (int j = 0; j < kWidth; ++j) r[j] = load(c + (d + j) * width) * factor;
+    transpose(r);
+    for (int j = 0; j < kWidth; ++j) store(rows + j * row_stride + d, r[j]);
+  }
+}
+
+struct Carver {
+  std::byte* next;
+  float* floats(int64_t n) {
+    auto* p = reinterpret_cast<float*>(next);
+    next += round_up(n * 4, 64);
+    return p;
+  }
+};

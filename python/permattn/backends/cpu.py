@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from permattn.core.plan import AttnPlan
 from permattn.core.problem import BwdArgs, FwdArgs, Problem
 
 NAME = "cpu"
@@ -37,6 +38,12 @@ def _load() -> str | None:
     except OSError as e:
         return f"native library does not load: {e}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _why_unusable() -> str | None:
+    """`_load` as torch.compile may ask it: a fact about this process, not something to trace."""
+    return _load()
 
 
 def isa() -> str:
@@ -72,25 +79,53 @@ def why_not(problem: Problem) -> str | None:
         return f"takes head dims to {MAX_HEAD_DIM}, got {problem.head_dim}, {problem.head_dim_v}"
     if problem.quant.is_quantised:
         return "does not quantise"
-    if problem.needs_grad:
-        return "has no backward"
-    return _load()
+    return _why_unusable()
 
 
 def forward(args: FwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor]:
     """See `Backend.forward`. `isa` forces one of `available_isas()`, for tests."""
-    from permattn.ops import empty_out, pack_plan
+    from permattn.ops import empty_out
 
-    q, k, v = args.q, args.k, args.v
     _load()
+    q, k, v = args.q, args.k, args.v
     out = empty_out(q, v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    tensors, ints = pack_plan(args.plan)
-    tensors = [x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in tensors]
-    number = -1 if isa is None else ISAS.index(isa)
-    torch.ops.permattn_native.cpu_forward(q, k, v, out, lse, tensors, ints, args.scale, number)
+    tensors, ints = _plan(args.plan)
+    op = torch.ops.permattn_native.cpu_forward.default
+    op(q, k, v, out, lse, tensors, ints, args.scale, _isa_number(isa))
     return out, lse
 
 
 def backward(args: BwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError
+    """See `Backend.backward`. Deterministic: every sum has one order. Products are in float32."""
+    _load()
+    q, k, v = args.q, args.k, args.v
+    tensors, ints = _plan(args.plan)
+    transposed = []
+    for part in args.plan.parts:
+        index = part.index.transpose(part.num_kv_blocks)
+        transposed += [index.kv_indices, index.row_offsets, index.kv_num_full]
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
+    op = torch.ops.permattn_native.cpu_backward.default
+    op(
+        *(q, k, v, _rows(args.out), args.lse.contiguous(), _rows(args.dout)),
+        *(args.dlse.contiguous(), dq, dk, dv),
+        *(tensors, [_rows(x) for x in transposed], ints, args.scale, _isa_number(isa)),
+    )
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def _plan(plan: AttnPlan) -> tuple[list[Tensor], list[int]]:
+    from permattn.ops import pack_plan
+
+    tensors, ints = pack_plan(plan)
+    return [_rows(x) for x in tensors], ints
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with a last stride of 1."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _isa_number(isa: str | None) -> int:
+    return -1 if isa is None else ISAS.index(isa)

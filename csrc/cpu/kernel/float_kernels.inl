@@ -1,0 +1,33 @@
+// fp32 arithmetic for every dtype, forward and backward.
+#include "base.inl"
+//
+#include "float_math.inl"
+//
+#include "forward.inl"
+//
+#include "backward.inl"
+
+template <class Type>
+Kernels kernels_of() {
+  using Math = FloatMath<Type>;
+  Kernels kernels{};
+  kernels.forward = forward_tile<Math>;
+  kernels.forward_rest = forward_rest<Math>;
+  kernels.forward_scratch = forward_scratch<Math>;
+  kernels.backward = backward_tile<Math>;
+  kernels.backward_delta = backward_delta<Math>;
+  kernels.backward_scratch = backward_scratch<Math>;
+  return kernels;
+}
+
+static Kernels float_kernels(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return kernels_of<Float32>();
+    case Dtype::kBFloat16:
+      return kernels_of<BFloat16>();
+    case Dtype::kFloat16:
+      return kernels_of<Float16>();
+  }
+  return {};
+}
