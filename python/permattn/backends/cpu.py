@@ -40,10 +40,14 @@ def _load() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _why_unusable() -> str | None:
     """`_load` as torch.compile may ask it: a fact about this process, not something to trace."""
     return _load()
+
+
+# The mark that torch.compiler.assume_constant_result sets, without its import of torch._dynamo: that
+# would triple the cost of `import permattn`, and import triton.
+_why_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def isa() -> str:
