@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from permattn.models import PrefillConfig, patch
 from permattn.patterns.mminference import HeadPattern
 
 from .checks import logits, patched
+from .exact import plan_everything
 
 FULL = {
     "format": 1,
@@ -32,6 +34,13 @@ def test_round_trip(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["format"] == 1
     assert config.layers[1].heads[0] == HeadPattern("grid", strides=("frame", 12))
     assert config.default == HeadPattern("a_shape", sink=128, local=4096)
+
+
+def test_page_shows_a_config_that_loads():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
+    config = PrefillConfig.load(json.loads(block))
+    assert [head.pattern for head in config.layers[2].heads] == ["grid", "a_shape"]
 
 
 def test_heads_of_a_layer():
@@ -125,8 +134,6 @@ def test_heads_reach_the_planner(case_of):
 
     def planner(q, k, rows, heads, **pads):
         seen.append(tuple(heads))
-        from .exact import plan_everything
-
         return plan_everything(q, k, rows, heads, **pads)
 
     heads = [{"pattern": "a_shape", "sink": n} for n in range(4)]

@@ -141,6 +141,16 @@ def test_layout_of_another_batch_size(spliced):
         model.generate(prompts, images, **GREEDY)
 
 
+def test_layout_of_wrong_things(spliced):
+    model, _, _ = spliced
+    with (
+        patched(model) as handle,
+        pytest.raises(TypeError, match="rows: wants TokenGrid and TextRun segments, got int"),
+        handle.layout([[3]]),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("newline", "want"),
     [

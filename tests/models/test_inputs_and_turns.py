@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from permattn.core import TokenGrid
-from permattn.models import patch
+from permattn.models import attention, patch
 from transformers import DynamicCache
 
 from .checks import (
@@ -222,6 +222,53 @@ def test_chunks_of_a_batch(case_of):
             assert [grid.start for grid in found] == [
                 grid.start for grid, n in zip(truth, whole, strict=True) if n > 0
             ]
+
+
+def test_cache_cut_back(case_of):
+    """A dropped turn is forgotten: what follows is labelled at its own place."""
+    case = case_of("qwen3_vl")
+    model, length = case.model, case.inputs["input_ids"].shape[1]
+    extra = torch.randint(10, 90, (1, 12), generator=torch.Generator().manual_seed(7))
+
+    def run():
+        cache = DynamicCache(config=model.config.get_text_config())
+        with torch.no_grad():
+            model(**case.inputs, past_key_values=cache)
+            cut = length - 30
+            cache.crop(-30)
+            mask = torch.ones(1, cut + 12, dtype=torch.long)
+            return model(input_ids=extra, attention_mask=mask, past_key_values=cache).logits
+
+    want = run()
+    plans = Recorder()
+    with patched(model, plans):
+        got = run()
+    assert (got - want).abs().max().item() <= BOUND
+    (grid,) = plans.calls[-1][0][0]
+    starts = [s for s in case.rows[0][0].frame_starts if s + 6 <= length - 30]
+    assert grid.frame_starts == tuple(starts)
+
+
+@pytest.mark.parametrize("videos", ["ONE", "BATCH"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_masks_stay_small(case_of, monkeypatch, videos, cache):
+    """Nothing of size S x S is made, padded or not."""
+    case = case_of("llava_onevision", videos)
+    shapes = []
+    real = attention.run_layer
+
+    def watch(module, q, k, v, mask, *rest):
+        shapes.append(None if mask is None else tuple(mask.shape))
+        return real(module, q, k, v, mask, *rest)
+
+    monkeypatch.setattr(attention, "run_layer", watch)
+    with patched(case.model):
+        generate(case, cache_implementation=cache)
+    assert len(shapes) == 2
+    for found in shapes:
+        assert found is None or found == (len(case.rows), case.inputs["input_ids"].shape[1])
+    if cache == "dynamic":
+        assert all((found is None) == (videos == "ONE") for found in shapes)
 
 
 def test_wide_prefill_of_real_planner_is_exact(case_of):

@@ -157,19 +157,19 @@ def compact_mask(
         and not use_vmap
         and kv_offset == 0
         and q_length > 1
+        and (attention_mask is None or attention_mask.shape[-1] >= q_offset + q_length)
     )
     if plain_causal and not torch.compiler.is_compiling() and (preparing or context.in_prefill()):
         # A static cache is longer than what it holds.
         live = int(q_offset) + q_length
+        padding = None if attention_mask is None else attention_mask[:, :live].bool()
         if preparing:
             # generate() may compile the pass that uses this mask, and hooks do not run then: the
             # mask's width is what tells the offset.
-            if attention_mask is None:
+            if padding is None:
                 return torch.ones(batch_size, live, dtype=torch.bool, device=kwargs.get("device"))
-            return attention_mask[:, :live].bool()
-        if attention_mask is None or bool(attention_mask[:, :live].all()):
-            return None
-        return attention_mask[:, :live].bool()
+            return padding
+        return None if padding is None or bool(padding.all()) else padding
     return sdpa_mask(
         batch_size,
         q_length,
@@ -296,6 +296,8 @@ def dense_attention(
 ) -> Tensor:
     """transformers' own SDPA function; compact masks are spelled out first: [B, Sq, Hq, Dv]."""
     sq = q.shape[2]
+    if mask is not None and mask.ndim == 2 and layout is not None and not layout.is_padded:
+        mask = None
     offset = 0
     if mask is not None and mask.ndim == 2:
         offset = mask.shape[1] - sq
@@ -369,6 +371,8 @@ def _why_dense_pass(
         return FOUR_D_MASK
     if layout.dense_reason is not None:
         return layout.dense_reason
+    if layout.has_gaps:
+        return "padding between tokens"
     if q.shape[2] != layout.q_len or k.shape[2] < layout.kv_len:
         return "queries or keys do not match the layout"
     if layout.q_len < layer.min_q_len:

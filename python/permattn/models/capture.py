@@ -195,17 +195,19 @@ class LayoutCapture(NotCopyable):
             return None
         batch, q_len = tokens.shape[:2]
         cache = inputs.get("past_key_values")
+        if cache is not None and not hasattr(cache, "get_seq_length"):
+            return None
         q_offset = int(cache.get_seq_length()) if cache is not None else 0
         mask = inputs.get("attention_mask")
         if isinstance(mask, dict):
             mask = next((m for m in mask.values() if m is not None and m.ndim == 2), None)
         reason = None if can_be_sparse else "training, and the decoder takes no extra keywords"
         left_pad = right_pad = (0,) * batch
+        has_gaps = False
         if mask is not None and mask.ndim == 2:
             left_pad, right_pad, has_gaps = padding_of_mask(mask[:, : q_offset + q_len])
-            reason = reason or ("padding between tokens" if has_gaps else None)
         rows = self._rows_of(inputs, cache, batch, q_len, q_offset)
-        return TokenLayout(rows, left_pad, right_pad, q_offset, q_len, reason)
+        return TokenLayout(rows, left_pad, right_pad, q_offset, q_len, has_gaps, reason)
 
     def _rows_of(
         self, inputs: dict[str, Any], cache: Any, batch: int, q_len: int, q_offset: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,7 +93,9 @@ class Handle(NotCopyable):
         text = _text_decoder(model)
         layers = _attention_layers(text)
         sizes = text.config
-        num_heads = sizes.num_attention_heads
+        num_heads = getattr(sizes, "num_attention_heads", None)
+        if num_heads is None:
+            raise ValueError(f"model: {type(sizes).__name__} has no num_attention_heads")
         config.check_model(
             model_type=model.config.model_type,
             num_layers=sizes.num_hidden_layers,
@@ -168,7 +171,13 @@ class Handle(NotCopyable):
         Passes inside the `with` block use these rows, chunks of one prompt included; so do later
         passes over the same cache.
         """
-        context.set_explicit(self._owner, tuple(tuple(row) for row in rows))
+        stated = tuple(tuple(row) for row in rows)
+        for segment in itertools.chain.from_iterable(stated):
+            if not isinstance(segment, Segment):
+                raise TypeError(
+                    f"rows: wants TokenGrid and TextRun segments, got {type(segment).__name__}"
+                )
+        context.set_explicit(self._owner, stated)
         try:
             yield self
         finally:

@@ -19,6 +19,7 @@ class TokenLayout:
         left_pad, right_pad: padding keys per batch row.
         q_offset: keys that were in the cache before this pass.
         q_len: queries of this pass.
+        has_gaps: whether some row has padding between its tokens.
         dense_reason: why this pass cannot be sparse, whatever the layer; None = it can.
     """
 
@@ -27,11 +28,16 @@ class TokenLayout:
     right_pad: tuple[int, ...]
     q_offset: int
     q_len: int
+    has_gaps: bool = False
     dense_reason: str | None = None
 
     @property
     def kv_len(self) -> int:
         return self.q_offset + self.q_len
+
+    @property
+    def is_padded(self) -> bool:
+        return self.has_gaps or any(self.left_pad) or any(self.right_pad)
 
 
 @dataclass(frozen=True)
