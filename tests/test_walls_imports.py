@@ -37,8 +37,8 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "api": frozenset({"torch"}),
     "plan_file": frozenset({"torch", "safetensors"}),
 }
-# Modules of these rooms do not see each other: a backend is one file, a system one file or folder.
-NO_SIDEWAYS = frozenset({"backends", "patterns"})
+# Modules below these do not see each other: a backend is one file, a system one file or folder.
+NO_SIDEWAYS = ("permattn.backends.", "permattn.patterns.", "permattn.models.families.")
 # Documented exceptions: (importing module or room, imported name).
 EXCEPTIONS = frozenset(
     {
@@ -108,7 +108,7 @@ def faults_of(source: str, module: str, modules: frozenset[str], is_package: boo
         if (room, item.full) in EXCEPTIONS or (module, item.full) in EXCEPTIONS:
             continue
         if room_of(target) in ("_version", room) and room_of(target) != "":
-            faults += _sideways(module, target, room, where)
+            faults += _sideways(module, target, where)
         elif room == "":
             continue
         elif room_of(target) == "":
@@ -121,12 +121,13 @@ def faults_of(source: str, module: str, modules: frozenset[str], is_package: boo
     return faults
 
 
-def _sideways(module: str, target: str, room: str, where: str) -> Iterator[str]:
-    if room not in NO_SIDEWAYS:
-        return
-    mine, theirs = module.split(".")[2:3], target.split(".")[2:3]
-    if mine and theirs and mine != theirs:
-        yield f"{where}: sideways import inside {room}"
+def _sideways(module: str, target: str, where: str) -> Iterator[str]:
+    for below in NO_SIDEWAYS:
+        if not (module.startswith(below) and target.startswith(below)):
+            continue
+        mine, theirs = (x.removeprefix(below).split(".")[0] for x in (module, target))
+        if mine != theirs:
+            yield f"{where}: sideways import below {below[:-1]}"
 
 
 def module_files() -> dict[str, Path]:
@@ -198,6 +199,10 @@ PLANTED = {
     "pattern-to-backend": ("permattn.patterns.bad", "from permattn.backends.reference import NAME"),
     "pattern-to-models": ("permattn.patterns.bad", "import permattn.models"),
     "api-to-models": ("permattn.api", "from permattn.models import patch"),
+    "family-sideways": (
+        "permattn.models.families.bad",
+        "from permattn.models.families.qwen2_vl import FAMILY",
+    ),
     "models-to-cli": ("permattn.models.bad", "from permattn.cli import main"),
     "unknown-room": ("permattn.newroom.bad", "from permattn.core import AttnPlan"),
 }

@@ -45,8 +45,8 @@ def _why_unusable() -> str | None:
     return _load()
 
 
-# The mark that torch.compiler.assume_constant_result sets, without its import of torch._dynamo: that
-# would triple the cost of `import permattn`, and import triton.
+# The mark that torch.compiler.assume_constant_result sets, without its import of torch._dynamo,
+# which takes a second and imports triton.
 _why_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
