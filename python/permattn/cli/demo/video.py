@@ -129,12 +129,26 @@ def decode(
                     filled += 1
                     on_frame()
     except (av.error.FFmpegError, IndexError, ValueError, OSError) as e:
-        raise UserError(
-            f"--video {path}: cannot be decoded ({e}); give a file that ffmpeg can play"
-        ) from e
+        raise _undecodable(path, e) from e
     if filled < num_frames:
         raise UserError(f"--video {path}: decoding stopped early; the file looks damaged")
     return Clip(frames, seconds / num_frames, codec, size, total)
+
+
+def aspect_of(path: Path) -> float:
+    """Width / height of the first video stream. Raises UserError when there is none."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            return stream.width / stream.height
+    except (av.error.FFmpegError, IndexError, ZeroDivisionError, OSError) as e:
+        raise _undecodable(path, e) from e
+
+
+def _undecodable(path: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"--video {path}: cannot be decoded ({error}); give a file that ffmpeg can play"
+    )
 
 
 def _measure(path: Path) -> tuple[int, float, str, tuple[int, int]]:
