@@ -226,7 +226,7 @@ def test_chunks_of_a_batch(case_of):
 
 def test_cache_cut_back(case_of):
     """A dropped turn is forgotten: what follows is labelled at its own place."""
-    case = case_of("qwen3_vl")
+    case = case_of("llava_onevision")
     model, length = case.model, case.inputs["input_ids"].shape[1]
     extra = torch.randint(10, 90, (1, 12), generator=torch.Generator().manual_seed(7))
 
@@ -244,9 +244,9 @@ def test_cache_cut_back(case_of):
     with patched(model, plans):
         got = run()
     assert (got - want).abs().max().item() <= BOUND
-    (grid,) = plans.calls[-1][0][0]
-    starts = [s for s in case.rows[0][0].frame_starts if s + 6 <= length - 30]
-    assert grid.frame_starts == tuple(starts)
+    # The rest of the cut frame is not a multiple of a frame any more: the run counts as text.
+    assert plans.calls[0][0] == case.rows
+    assert plans.calls[-1] == (((),), 12, length - 18)
 
 
 @pytest.mark.parametrize("videos", ["ONE", "BATCH"])
