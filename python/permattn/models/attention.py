@@ -75,14 +75,17 @@ class CallCounts:
         self.dense_reasons: Counter[str] = Counter()
 
     def count_sparse(self) -> None:
+        """One call ran sparse."""
         with self._lock:
             self.sparse += 1
 
     def count_dense(self, reason: str) -> None:
+        """One call ran dense, and why."""
         with self._lock:
             self.dense_reasons[reason] += 1
 
     def count_no_labels(self) -> None:
+        """One pass came without anything that tells text from video."""
         with self._lock:
             self.no_labels += 1
 
@@ -111,6 +114,7 @@ class LayerState(NotCopyable):
 
     @property
     def always_dense(self) -> bool:
+        """Whether the config leaves nothing to plan."""
         return all(head.pattern == "dense" for head in self.heads)
 
 
@@ -126,6 +130,7 @@ def mark_layer(module: torch.nn.Module, **state: Any) -> None:
 
 
 def unmark_layer(module: torch.nn.Module) -> None:
+    """Undoes `mark_layer`."""
     layer = module.__dict__.pop(LAYER, None)
     if layer is not None:
         _modules.pop(int(layer.key), None)

@@ -96,6 +96,7 @@ class LayoutCapture(NotCopyable):
         self._takes_keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     def remove(self) -> None:
+        """Takes off every hook and wrapper, and forgets pending state."""
         for hook in self._hooks:
             hook.remove()
         for module, name, before in reversed(self._wrapped):

@@ -74,6 +74,7 @@ def preparing() -> Iterator[None]:
 
 
 def is_preparing() -> bool:
+    """Whether `preparing` is active."""
     return _PREPARING.get()
 
 
@@ -94,10 +95,12 @@ def observe(inputs: Mapping[str, Any] | None) -> None:
 
 
 def observed() -> Mapping[str, Any] | None:
+    """What `observe` was told last."""
     return _OBSERVED.get()
 
 
 def add_pending(grids: list[PendingGrid]) -> None:
+    """Keeps grids for the next prefill of their owner."""
     _PENDING.set((*_PENDING.get(), *grids))
 
 
@@ -117,4 +120,5 @@ def set_explicit(owner: object, rows: Rows | None) -> None:
 
 
 def explicit(owner: object) -> Rows | None:
+    """The rows that `set_explicit` holds for `owner`."""
     return next((rows for entry, rows in _EXPLICIT.get() if entry is owner), None)

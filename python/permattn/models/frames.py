@@ -50,6 +50,7 @@ class GridPerVideo:
     merge: int
 
     def rows(self, labels: Tensor, grids: Grids, coordinates: Tensor | None) -> Rows:
+        """See `FrameRule.rows`."""
         copies = self._copies(labels, grids)
         if coordinates is not None and not self._is_clear(labels[::copies], grids):
             return tuple(
@@ -128,6 +129,7 @@ class FixedFrames:
     as_images: bool = False
 
     def rows(self, labels: Tensor, grids: Grids, coordinates: Tensor | None) -> Rows:
+        """See `FrameRule.rows`."""
         build = self._frames_as_images if self.as_images else self._videos
         return tuple(tuple(build(label)) for label in labels)
 

@@ -33,10 +33,12 @@ class TokenLayout:
 
     @property
     def kv_len(self) -> int:
+        """Keys that exist once this pass has written its own."""
         return self.q_offset + self.q_len
 
     @property
     def is_padded(self) -> bool:
+        """Whether any row has padding anywhere."""
         return self.has_gaps or any(self.left_pad) or any(self.right_pad)
 
 

@@ -15,6 +15,7 @@ MODEL_TYPES = ("internvl",)
 
 
 def family(config: Any) -> Family:
+    """What a config of these model types says about its tokens."""
     vision = config.vision_config
     height, width = (
         int(size // patch * config.downsample_ratio)

@@ -11,6 +11,7 @@ MODEL_TYPES = ("llava_next_video",)
 
 
 def family(config: Any) -> Family:
+    """What a config of these model types says about its tokens."""
     patches = config.vision_config.image_size // config.vision_config.patch_size
     side = patches // config.spatial_pool_stride
     return Family(

@@ -14,6 +14,7 @@ MODEL_TYPES = ("llava_onevision",)
 
 
 def family(config: Any) -> Family:
+    """What a config of these model types says about its tokens."""
     patches = config.vision_config.image_size // config.vision_config.patch_size
     side = -(-patches // 2)
     return Family(

@@ -22,6 +22,7 @@ PLACEHOLDER = -200
 
 
 def family(config: Any) -> Family:
+    """What a config of these model types says about its tokens."""
     return Family()
 
 

@@ -11,6 +11,7 @@ MODEL_TYPES = ("qwen2_5_vl",)
 
 
 def family(config: Any) -> Family:
+    """What a config of these model types says about its tokens."""
     return Family(
         image_token=config.image_token_id,
         video_token=config.video_token_id,
