@@ -113,10 +113,10 @@ def demo(
     Runs a real vision-language model class on a real video file, dense (torch SDPA) and sparse in
     turns, and reports time, error, agreement and memory. Takes two to three minutes on two cores.
     """
-    from permattn.cli.demo import run as command
+    from permattn.cli.demo.run import Options, show
 
-    options = command.Options(video, model, frames, tokens, device, dtype, backend, out, rounds)
-    command.show(options, as_json=json)
+    options = Options(video, model, frames, tokens, device, dtype, backend, out, rounds)
+    show(options, as_json=json)
 
 
 @app.command(

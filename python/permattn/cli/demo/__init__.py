@@ -1,1 +1,1 @@
-"""The demo: a real video through a vision-language model, dense and sparse, and a picture of why."""
+"""The demo: a real video through a vision-language model, dense and sparse, and why it works."""

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from permattn.cli.demo.constructed import Grid
 from permattn.cli.demo.subject import Reader, Subject, choose_grid
@@ -18,7 +17,7 @@ QUESTION = "Describe this video in detail."
 _ATTEMPTS = 3
 
 
-def load(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def load(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, processor).
 
     Raises:
@@ -43,7 +42,7 @@ def load(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[nn.Mod
         )
     try:
         processor = transformers.AutoProcessor.from_pretrained(name)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
+        model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
             name, config=config, dtype=dtype, attn_implementation="sdpa"
         )
     except ImportError as e:

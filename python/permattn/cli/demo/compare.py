@@ -66,7 +66,7 @@ class Audit:
             return out
         scale = keywords.get("scaling") or q.shape[-1] ** -0.5
         exact = sdpa_attention_forward(module, q, k, v, None, scaling=scale)
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        layer = int(module.layer_idx)
         difference = (out[0] - exact[0]).float().norm()
         self.errors[layer] = (float(difference), float(exact[0].float().norm()))
         self.densities[layer] = self._plan.density()

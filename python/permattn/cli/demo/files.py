@@ -10,7 +10,7 @@ from permattn.cli.errors import UserError
 
 
 def prepare_folder(folder: Path) -> None:
-    """Makes the folder. Raises UserError when that is impossible or nothing can be written there."""
+    """Makes the folder. Raises UserError when it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -66,7 +66,7 @@ def memory_note(device: torch.device) -> str:
 class Meter:
     """Runs passes of one model and measures each."""
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, model: Any, inputs: dict[str, Any], device: torch.device) -> None:
         self._model = model
         self._inputs = inputs
         self._device = device

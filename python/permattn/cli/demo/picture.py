@@ -188,7 +188,7 @@ def _draw_attention(axis: Any, values: Tensor, window: Window) -> None:
     row = torch.arange(values.shape[0])
     lit = values * (row[:, None] + 1 + window.start / window.cell)
     shown = lit.masked_fill(row > row[:, None], float("nan"))
-    norm = colors.LogNorm(vmin=0.03, vmax=float(max(lit.max(), 1.0)))
+    norm = colors.LogNorm(vmin=0.03, vmax=max(float(lit.max()), 1.0))
     _show(axis, shown.clamp_min(0.03), window, cmap="magma", norm=norm)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from permattn.cli.demo.constructed import Grid, Sizes, build
 from permattn.cli.demo.video import Clip
@@ -49,7 +49,7 @@ class Subject:
         note: what the reader must know about the weights.
     """
 
-    model: nn.Module
+    model: Any
     inputs: dict[str, Any]
     name: str
     visual_tokens: int
@@ -99,7 +99,7 @@ def constructed_subject(
     few = np.linspace(0, len(clip.frames) - 1, 8).astype(int)
     made = build(grid, *patches_of(clip.frames[few], sizes.patch), sizes=sizes, dtype=dtype)
     ids = made.input_ids
-    is_video = ids == made.model.config.video_token_id
+    is_video: Tensor = torch.eq(ids, made.model.config.video_token_id)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -80,7 +81,7 @@ def encode(
     part = path.with_name(f".{path.name}.part")
     try:
         with av.open(str(part), "w", format="mp4") as container:
-            stream = container.add_stream(_codec(), rate=RATE)
+            stream: Any = container.add_stream(_codec(), rate=RATE)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.bit_rate = 4_000_000
             for image in _shots(photos, num_frames, width, height):
