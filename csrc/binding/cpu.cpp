@@ -17,20 +17,21 @@ cpu::Pool torch_pool() { return {torch::stable::get_num_threads(), run_on_torch_
 Isa isa_of(int64_t number) {
   if (number < 0) return cpu::best_isa();
   const auto isa = static_cast<Isa>(number);
-  STD_TORCH_CHECK(number < kNumIsas && cpu::isa_is_available(isa), "isa: this machine has no number ",
-                  number);
+  STD_TORCH_CHECK(number < kNumIsas && cpu::isa_is_available(isa),
+                  "isa: this machine has no number ", number);
   return isa;
 }
 
-void check_result(const Tensor& x, const char* name, ScalarType dtype, int64_t b, int64_t h, int64_t s) {
-  STD_TORCH_CHECK(x.scalar_type() == dtype && x.size(0) == b && x.size(1) == h && x.size(2) == s, name,
-                  ": wrong dtype or shape");
+void check_result(const Tensor& x, const char* name, ScalarType dtype, int64_t b, int64_t h,
+                  int64_t s) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype && x.size(0) == b && x.size(1) == h && x.size(2) == s,
+                  name, ": wrong dtype or shape");
 }
 
 // `isa` is a number of the Isa enum; negative takes the best one.
-void cpu_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                 std::vector<Tensor> plan_tensors, std::vector<int64_t> plan_ints, double scale,
-                 int64_t isa) {
+void cpu_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                 const Tensor& lse, std::vector<Tensor> plan_tensors,
+                 std::vector<int64_t> plan_ints, double scale, int64_t isa) {
   FwdParams params{};
   Problem& problem = params.problem;
   problem = problem_of(q, k, v, scale);
@@ -53,8 +54,8 @@ void cpu_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 void cpu_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                   const Tensor& lse, const Tensor& dout, const Tensor& dlse, const Tensor& dq,
                   const Tensor& dk, const Tensor& dv, std::vector<Tensor> plan_tensors,
-                  std::vector<Tensor> transposed_tensors, std::vector<int64_t> plan_ints, double scale,
-                  int64_t isa) {
+                  std::vector<Tensor> transposed_tensors, std::vector<int64_t> plan_ints,
+                  double scale, int64_t isa) {
   BwdParams params{};
   Problem& problem = params.problem;
   problem = problem_of(q, k, v, scale);

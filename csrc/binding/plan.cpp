@@ -7,12 +7,13 @@ PermView perm_view_of(const Tensor& token_of_slot, const Tensor& slot_of_token, 
                       const Problem& problem, const char* name) {
   const PermView view{int_view_of(token_of_slot, problem.batch, problem.q_heads, name),
                       int_view_of(slot_of_token, problem.batch, problem.q_heads, name)};
-  STD_TORCH_CHECK(view.slot_of_token.size == num_tokens, name, ": made for ", view.slot_of_token.size,
-                  " tokens, got ", num_tokens);
+  STD_TORCH_CHECK(view.slot_of_token.size == num_tokens, name, ": made for ",
+                  view.slot_of_token.size, " tokens, got ", num_tokens);
   return view;
 }
 
-IndexView index_view_of(const Tensor* t, int64_t block_row, int64_t block_col, const Problem& problem) {
+IndexView index_view_of(const Tensor* t, int64_t block_row, int64_t block_col,
+                        const Problem& problem) {
   const IndexView index{int_view_of(t[0], problem.batch, problem.q_heads, "indices"),
                         int_view_of(t[1], problem.batch, problem.q_heads, "row_offsets"),
                         int_view_of(t[2], problem.batch, problem.q_heads, "num_full"), block_row,
@@ -20,8 +21,8 @@ IndexView index_view_of(const Tensor* t, int64_t block_row, int64_t block_col, c
   STD_TORCH_CHECK(index.row_offsets.size == index.num_full.size + 1,
                   "row_offsets: wants one column more than num_full, got ", index.row_offsets.size,
                   " and ", index.num_full.size);
-  STD_TORCH_CHECK(block_row >= 1 && block_col >= 1, "block_q, block_kv: must be >= 1, got ", block_row,
-                  ", ", block_col);
+  STD_TORCH_CHECK(block_row >= 1 && block_col >= 1, "block_q, block_kv: must be >= 1, got ",
+                  block_row, ", ", block_col);
   return index;
 }
 
@@ -30,8 +31,8 @@ IndexView index_view_of(const Tensor* t, int64_t block_row, int64_t block_col, c
 void add_transposed(std::vector<PlanPart>& parts, const std::vector<Tensor>& tensors,
                     const Problem& problem) {
   constexpr size_t kPerPart = 3;
-  STD_TORCH_CHECK(tensors.size() == kPerPart * parts.size(), "transposed: wants 3 tensors a part, got ",
-                  tensors.size());
+  STD_TORCH_CHECK(tensors.size() == kPerPart * parts.size(),
+                  "transposed: wants 3 tensors a part, got ", tensors.size());
   for (size_t i = 0; i < parts.size(); ++i) {
     const IndexView& index = parts[i].index;
     parts[i].transposed =
@@ -44,8 +45,8 @@ std::vector<PlanPart> parts_of(const std::vector<Tensor>& tensors, const std::ve
   const size_t num_parts = tensors.size() / kTensorsPerPart;
   STD_TORCH_CHECK(num_parts > 0 && tensors.size() == num_parts * kTensorsPerPart &&
                       ints.size() == kHeaderInts + num_parts * kIntsPerPart,
-                  "plan: wants 7 tensors and 9 integers a part after 5 integers, got ", tensors.size(),
-                  " tensors and ", ints.size(), " integers");
+                  "plan: wants 7 tensors and 9 integers a part after 5 integers, got ",
+                  tensors.size(), " tensors and ", ints.size(), " integers");
   std::vector<PlanPart> parts;
   for (size_t i = 0; i < num_parts; ++i) {
     const Tensor* t = &tensors[i * kTensorsPerPart];

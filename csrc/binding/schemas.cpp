@@ -6,7 +6,8 @@ STABLE_TORCH_LIBRARY(permattn_native, m) {
       "cpu_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, "
       "Tensor[] plan_tensors, int[] plan_ints, float scale, int isa) -> ()");
   m.def(
-      "cpu_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor dlse, "
+      "cpu_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor "
+      "dlse, "
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor[] plan_tensors, "
       "Tensor[] transposed_tensors, int[] plan_ints, float scale, int isa) -> ()");
   m.def("cpu_best_isa() -> int");

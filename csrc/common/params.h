@@ -68,13 +68,13 @@ struct FwdParams {
 
 struct BwdParams {
   Problem problem;
-  TensorView q, k, v;     // as in the forward
-  TensorView out, dout;   // [B, Hq, Sq, Dv]
-  const float* lse;       // [B, Hq, Sq], contiguous
-  const float* dlse;      // [B, Hq, Sq], contiguous; 0 where lse is -inf
-  float* dq;              // [B, Hq, Sq, D], contiguous, zeros on entry
-  float* dk;              // [B, Hkv, Skv, D], likewise
-  float* dv;              // [B, Hkv, Skv, Dv], likewise
+  TensorView q, k, v;    // as in the forward
+  TensorView out, dout;  // [B, Hq, Sq, Dv]
+  const float* lse;      // [B, Hq, Sq], contiguous
+  const float* dlse;     // [B, Hq, Sq], contiguous; 0 where lse is -inf
+  float* dq;             // [B, Hq, Sq, D], contiguous, zeros on entry
+  float* dk;             // [B, Hkv, Skv, D], likewise
+  float* dv;             // [B, Hkv, Skv, Dv], likewise
 };
 
 }  // namespace permattn

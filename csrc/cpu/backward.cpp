@@ -58,7 +58,8 @@ void run_pass(const BwdParams& params, const Pass& pass, const float* delta, con
   });
 }
 
-void compute_delta(const BwdParams& params, float* delta, const Kernels& kernels, const Pool& pool) {
+void compute_delta(const BwdParams& params, float* delta, const Kernels& kernels,
+                   const Pool& pool) {
   constexpr int64_t kTokens = 1024;
   const Problem& problem = params.problem;
   const int64_t runs = (problem.sq + kTokens - 1) / kTokens;
@@ -91,7 +92,8 @@ void backward(const BwdParams& params, Isa isa, const Pool& pool) {
     passes[group].parts.push_back(i);
   }
   for (int32_t i = 0; i < problem.num_parts; ++i) {
-    for (int64_t g = 0; g < problem.q_heads / problem.kv_heads; ++g) passes.push_back({{i}, true, g});
+    for (int64_t g = 0; g < problem.q_heads / problem.kv_heads; ++g)
+      passes.push_back({{i}, true, g});
   }
   for (const Pass& pass : passes) run_pass(params, pass, delta.get(), kernels, pool);
 }

@@ -7,8 +7,8 @@
 
 namespace permattn::cpu {
 
-// The caller's thread pool. `run` calls body(context, i) for every i in [0, num_workers), each once,
-// on any thread, and returns when all are done.
+// The caller's thread pool. `run` calls body(context, i) for every i in [0, num_workers), each
+// once, on any thread, and returns when all are done.
 struct Pool {
   int64_t num_threads;
   void (*run)(int64_t num_workers, void (*body)(void* context, int64_t worker), void* context);

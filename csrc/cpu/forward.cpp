@@ -36,8 +36,8 @@ std::vector<GroupPlan> split_into_groups(const Problem& problem) {
   return groups;
 }
 
-// Pairs of slots that every tile of a group looks at, in (batch, head, tile) order, last tile first:
-// causal rows grow.
+// Pairs of slots that every tile of a group looks at, in (batch, head, tile) order, last tile
+// first: causal rows grow.
 std::vector<int64_t> tile_costs(const Problem& problem, const GroupPlan& group) {
   std::vector<int64_t> costs;
   costs.reserve(problem.batch * problem.q_heads * group.num_tiles());

@@ -40,12 +40,12 @@ struct FwdTile {
   int64_t size;  // slots, at most kTileLanes
 };
 
-// A backward tile: dQ of its queries, or dK and dV of its keys. The side it owns lies in vector lanes
-// and the other side is streamed; the arithmetic is the same.
+// A backward tile: dQ of its queries, or dK and dV of its keys. The side it owns lies in vector
+// lanes and the other side is streamed; the arithmetic is the same.
 struct BwdTile {
   const BwdParams* params;
-  const float* delta;     // [B, Hq, Sq]: rowsum(out * dout) - dlse
-  const int32_t* parts;   // [num_parts], into Problem::parts; they share the order of the lanes
+  const float* delta;    // [B, Hq, Sq]: rowsum(out * dout) - dlse
+  const int32_t* parts;  // [num_parts], into Problem::parts; they share the order of the lanes
   int32_t num_parts;
   bool lanes_are_keys;
   int64_t b, h;  // h is a query head

@@ -54,8 +54,9 @@ inline std::vector<int64_t> tile_bounds(int64_t num_slots, const std::vector<int
   return bounds;
 }
 
-// Runs body(i, scratch) for i in [0, costs.size()), costly ones first; ties and near-ties keep their
-// order, in which neighbours share keys. One shared counter: threads that fall behind take less.
+// Runs body(i, scratch) for i in [0, costs.size()), costly ones first; ties and near-ties keep
+// their order, in which neighbours share keys. One shared counter: threads that fall behind take
+// less.
 template <class Body>
 void run_tiles(const Pool& pool, const std::vector<int64_t>& costs, size_t scratch_bytes,
                const Body& body) {

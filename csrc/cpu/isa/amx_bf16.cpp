@@ -1,6 +1,42 @@
-#include "../kernels.h"
+// AMX bf16 tiles with an AVX-512 softmax (Sapphire Rapids and later); other dtypes run on
+// avx512.cpp.
 #if defined(__x86_64__)
-namespace permattn::cpu {
-Kernels amx_bf16_kernels(Dtype) { return {}; }
+#include <immintrin.h>
+
+#include <cmath>
+
+#include "../../common/token_rule.h"
+#include "../kernels.h"
+
+#if defined(PERMATTN_TILE_HEADER)
+#include PERMATTN_TILE_HEADER  // tests run this file on machines without tiles
+#endif
+
+#define PERMATTN_WIDTH 16
+#define PERMATTN_CHUNK 96
+
+#include "target_amx_bf16.h"
+namespace permattn::cpu::amx_bf16 {
+#include "../kernel/base.inl"
+#include "../kernel/bf16_math.inl"
+#include "../kernel/amx_math.inl"
+#include "../kernel/forward.inl"
+
+static void forward_tile_on_tiles(const FwdTile& tile, std::byte* scratch) {
+  const TileScope tiles;
+  forward_tile<AmxMath>(tile, scratch);
 }
+}  // namespace permattn::cpu::amx_bf16
+#include "target_end.h"
+
+namespace permattn::cpu {
+Kernels amx_bf16_kernels(Dtype dtype) {
+  if (dtype != Dtype::kBFloat16) return {};
+  Kernels kernels{};
+  kernels.forward = amx_bf16::forward_tile_on_tiles;
+  kernels.forward_rest = amx_bf16::forward_rest<amx_bf16::AmxMath>;
+  kernels.forward_scratch = amx_bf16::forward_scratch<amx_bf16::AmxMath>;
+  return kernels;
+}
+}  // namespace permattn::cpu
 #endif

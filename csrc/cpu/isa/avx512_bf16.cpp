@@ -13,9 +13,7 @@
 #include "target_avx512_bf16.h"
 namespace permattn::cpu::avx512_bf16 {
 #include "../kernel/base.inl"
-//
 #include "../kernel/bf16_math.inl"
-//
 #include "../kernel/forward.inl"
 }  // namespace permattn::cpu::avx512_bf16
 #include "target_end.h"
@@ -23,11 +21,11 @@ namespace permattn::cpu::avx512_bf16 {
 namespace permattn::cpu {
 Kernels avx512_bf16_kernels(Dtype dtype) {
   if (dtype != Dtype::kBFloat16) return {};
-  using avx512_bf16::Bf16Math;
+  using Math = avx512_bf16::Bf16Math<1>;
   Kernels kernels{};
-  kernels.forward = avx512_bf16::forward_tile<Bf16Math>;
-  kernels.forward_rest = avx512_bf16::forward_rest<Bf16Math>;
-  kernels.forward_scratch = avx512_bf16::forward_scratch<Bf16Math>;
+  kernels.forward = avx512_bf16::forward_tile<Math>;
+  kernels.forward_rest = avx512_bf16::forward_rest<Math>;
+  kernels.forward_scratch = avx512_bf16::forward_scratch<Math>;
   return kernels;
 }
 }  // namespace permattn::cpu

@@ -1,4 +1,5 @@
-// Backward of one tile. Lanes hold the side whose gradient the tile owns, the other side is streamed:
+// Backward of one tile. Lanes hold the side whose gradient the tile owns, the other side is
+// streamed:
 //   P = 2^(c S - lse2), dP = dO V^T, dS = P (dP - delta), d(lane side) += dS (streamed side)
 // and where lanes are keys also dV += P^T dO. Nothing is shared between tiles: no atomics, and the
 // order of every sum is fixed.
@@ -18,10 +19,10 @@ struct BwdSizes {
 
 template <class Math>
 struct BwdBuffers {
-  float *b1, *b2;              // lanes: Q and dO, or K and V; [width][lane] per panel
-  float *a1, *a2;              // streamed: K and V, or Q and dO; [row][width]
-  float *c1, *c2;              // sums: dQ, or dK and dV; [width][lane] per panel
-  float *s, *ds;               // [row][lane] of one panel
+  float *b1, *b2;  // lanes: Q and dO, or K and V; [width][lane] per panel
+  float *a1, *a2;  // streamed: K and V, or Q and dO; [row][width]
+  float *c1, *c2;  // sums: dQ, or dK and dV; [width][lane] per panel
+  float *s, *ds;   // [row][lane] of one panel
   float *lane_lse, *lane_delta, *row;
   alignas(64) float stream_lse[kChunk], stream_delta[kChunk];
   std::byte* end;
@@ -50,12 +51,14 @@ size_t backward_scratch(const Problem& p) {
 }
 
 // log2-sum-exp2 of a query; +inf for one that saw nothing, so that its probabilities are 0.
-PERMATTN_INLINE float log2_sum_of(float lse) { return lse == -kInfinity ? kInfinity : lse * kLog2E; }
+PERMATTN_INLINE float log2_sum_of(float lse) {
+  return lse == -kInfinity ? kInfinity : lse * kLog2E;
+}
 
 template <class Math, int Vectors, bool LanesAreKeys>
 static __attribute__((noinline)) void attend_backward(const Problem& p, const BwdSizes<Math>& size,
-                                                      const BwdBuffers<Math>& buf, const Chunk& chunk,
-                                                      int first_lane) {
+                                                      const BwdBuffers<Math>& buf,
+                                                      const Chunk& chunk, int first_lane) {
   constexpr int kLanes = Vectors * kWidth;
   const int count = chunk.count;
   const float c = p.scale * kLog2E;
@@ -144,7 +147,8 @@ PERMATTN_INLINE void add_lanes(const float* c, int64_t c_rows, int64_t columns, 
   for (int lane = 0; lane < lanes.count; lane += kWidth) {
     const int panel = lane / (kMaxPanel * kWidth) * (kMaxPanel * kWidth);
     const int64_t width = panel_vectors(lanes, panel) * kWidth;
-    lanes_to_rows(c + panel * c_rows + (lane - panel), width, columns, splat(factor), row, row_stride);
+    lanes_to_rows(c + panel * c_rows + (lane - panel), width, columns, splat(factor), row,
+                  row_stride);
     const int count = lanes.count - lane < kWidth ? lanes.count - lane : kWidth;
     for (int j = 0; j < count; ++j) {
       float* to = grad + lanes.token[lane + j] * columns;
@@ -175,7 +179,8 @@ void backward_tile(const BwdTile& tile, std::byte* scratch) {
   const int lanes_used = static_cast<int>(round_up(lanes.count, kWidth));
   for (int lane = 0; lane < lanes_used; lane += kMaxPanel * kWidth) {
     const int vectors = panel_vectors(lanes, lane);
-    Math::pack_lanes(keys ? k : q, lanes, lane, vectors, p.head_dim, 1.0F, buf.b1 + lane * p.head_dim);
+    Math::pack_lanes(keys ? k : q, lanes, lane, vectors, p.head_dim, 1.0F,
+                     buf.b1 + lane * p.head_dim);
     Math::pack_lanes(keys ? v : dout, lanes, lane, vectors, p.head_dim_v, 1.0F,
                      buf.b2 + lane * p.head_dim_v);
   }
@@ -189,8 +194,7 @@ void backward_tile(const BwdTile& tile, std::byte* scratch) {
   Chunk chunk;
   chunk.count = 0;
   chunk.masked = false;
-  BwdTileRun<Math> flush{tile,  size,         buf,          lanes,
-                         chunk, keys ? q : k, keys ? dout : v, query_row};
+  BwdTileRun<Math> flush{tile, size, buf, lanes, chunk, keys ? q : k, keys ? dout : v, query_row};
   for (int i = 0; i < tile.num_parts; ++i) {
     const PlanPart& part = p.parts[tile.parts[i]];
     const IndexView& index = keys ? part.transposed : part.index;

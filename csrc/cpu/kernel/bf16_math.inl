@@ -3,10 +3,14 @@
 PERMATTN_INLINE __m512 to_native(VecF x) { return reinterpret_cast<__m512>(x); }
 PERMATTN_INLINE VecF from_native(__m512 x) { return reinterpret_cast<VecF>(x); }
 
+// StepBlock: Q and K are padded with zeros to that many steps (the depth of a tile, where there are
+// tiles).
+template <int StepBlock>
 struct Bf16Math {
   using Type = BFloat16;
   using Storage = uint16_t;
   static constexpr int kPerStep = 2;
+  static constexpr int kStepBlock = StepBlock;
 
   PERMATTN_INLINE VecF multiply_add(VecF acc, VecF a, VecF b) {
     return from_native(_mm512_dpbf16_ps(to_native(acc), reinterpret_cast<__m512bh>(a),
@@ -29,12 +33,12 @@ struct Bf16Math {
         VecF r[kWidth];
         for (int j = 0; j < kWidth; ++j) {
           const bool used = lane + j < lanes.count && sign != 0.0F;
-          const __m512i row = used ? load_pairs(rows[lanes.token[lane + j]] + d, dim - d)
-                                   : _mm512_setzero_si512();
+          const __m512i row =
+              used ? load_pairs(rows[lanes.token[lane + j]] + d, dim - d) : _mm512_setzero_si512();
           r[j] = reinterpret_cast<VecF>(used ? _mm512_xor_si512(row, flip) : row);
         }
         transpose(r);
-        const int64_t left = (dim - d + 1) / 2;
+        const int64_t left = round_up((dim + 1) / 2, StepBlock) - d / 2;
         const int64_t n = left < kWidth ? left : kWidth;
         for (int64_t j = 0; j < n; ++j) store(b + (d / 2 + j) * width + group * kWidth, r[j]);
       }
@@ -54,8 +58,9 @@ struct Bf16Math {
   // A[pair of rows][column][2]; an odd last row is paired with zeros.
   PERMATTN_INLINE void pack_columns(const RowsOf<Storage>& rows, const int32_t* token, int count,
                                     int64_t dim, int64_t stride, float* a) {
-    const __m512i unpack = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
-                                            39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i unpack =
+        _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i upper = _mm512_add_epi16(unpack, _mm512_set1_epi16(16));
     for (int i = 0; i < count; i += 2) {
       const uint16_t* even = rows[token[i]];
@@ -75,7 +80,8 @@ struct Bf16Math {
                               int64_t steps) {
     gemm<Bf16Math, Vectors>(k, k_stride, 1, q, s, count, steps, false);
     if (count % 2 != 0) {
-      for (int y = 0; y < Vectors; ++y) store(s + (count * Vectors + y) * kWidth, splat(-kInfinity));
+      for (int y = 0; y < Vectors; ++y)
+        store(s + (count * Vectors + y) * kWidth, splat(-kInfinity));
     }
   }
 
@@ -101,8 +107,9 @@ struct Bf16Math {
   PERMATTN_INLINE void probabilities(float* s, int count, float c, const VecF* top, VecF* sum) {
     const VecF scale = splat(c);
     const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3f803f80));
-    const __m512i weave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i weave =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int i = 0; i < count; i += 2) {
 #pragma GCC unroll 4
       for (int y = 0; y < Vectors; ++y) {

@@ -1,10 +1,7 @@
 // fp32 arithmetic for every dtype, forward and backward.
 #include "base.inl"
-//
 #include "float_math.inl"
-//
 #include "forward.inl"
-//
 #include "backward.inl"
 
 template <class Type>

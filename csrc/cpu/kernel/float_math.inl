@@ -4,6 +4,7 @@ struct FloatMath {
   using Type = Type_;
   using Storage = typename Type::Storage;
   static constexpr int kPerStep = 1;  // numbers in one 4-byte step
+  static constexpr int kStepBlock = 1;
 
   PERMATTN_INLINE VecF multiply_add(VecF acc, VecF a, VecF b) { return acc + a * b; }
 

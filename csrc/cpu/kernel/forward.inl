@@ -13,7 +13,7 @@ struct FwdSizes {
   int64_t o_rows;    // rows of O^T with slack
 
   explicit FwdSizes(const Problem& p) {
-    steps = (p.head_dim + Math::kPerStep - 1) / Math::kPerStep;
+    steps = round_up((p.head_dim + Math::kPerStep - 1) / Math::kPerStep, Math::kStepBlock);
     k_stride = round_up(steps, 16) + 16;
     v_stride = round_up(p.head_dim_v, 16) + 16;
     o_rows = p.head_dim_v + kRowSlack;
@@ -47,8 +47,8 @@ size_t forward_scratch(const Problem& p) {
 
 // Raises the reference of lanes that need it, and scales what was summed so far by a power of two.
 template <int Vectors>
-static __attribute__((noinline, cold)) void rescale(const float* want, float* top, float* sum, float* o,
-                                                    int64_t dim_v) {
+static __attribute__((noinline, cold)) void rescale(const float* want, float* top, float* sum,
+                                                    float* o, int64_t dim_v) {
   constexpr int kLanes = Vectors * kWidth;
   for (int y = 0; y < kLanes; y += kWidth) {
     const VecF before = load(top + y);
@@ -79,9 +79,9 @@ PERMATTN_INLINE void hide_unseen(float* s, const Chunk& chunk, int first_lane) {
 
 // One panel of lanes against one chunk of packed keys and values.
 template <class Math, int Vectors>
-static __attribute__((noinline)) void attend(const FwdSizes<Math>& size, const FwdBuffers<Math>& buf,
-                                             const Chunk& chunk, int first_lane, int64_t dim_v,
-                                             float c) {
+static __attribute__((noinline)) void attend(const FwdSizes<Math>& size,
+                                             const FwdBuffers<Math>& buf, const Chunk& chunk,
+                                             int first_lane, int64_t dim_v, float c) {
   constexpr int kLanes = Vectors * kWidth;
   const int count = chunk.count;
   float* s = buf.s;
@@ -151,7 +151,8 @@ struct FwdTileRun {
 
 // The result of one query: merges other groups' partial results, converts, writes.
 template <class Type>
-PERMATTN_INLINE void write_row(const FwdTile& tile, int32_t token, const float* row, float log2_sum) {
+PERMATTN_INLINE void write_row(const FwdTile& tile, int32_t token, const float* row,
+                               float log2_sum) {
   const FwdParams& p = *tile.params;
   const int64_t dim_v = p.problem.head_dim_v;
   const int64_t head = tile.b * p.problem.q_heads + tile.h;

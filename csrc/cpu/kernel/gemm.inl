@@ -18,8 +18,8 @@ constexpr int kRowSlack = 16;
 PERMATTN_INLINE constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 template <class Math, int Vectors>
-PERMATTN_INLINE void gemm_block(const float* a, int64_t a_row, int64_t a_step, const float* b, float* c,
-                                int64_t steps, bool accumulate) {
+PERMATTN_INLINE void gemm_block(const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                float* c, int64_t steps, bool accumulate) {
   constexpr int kRows = block_rows(Vectors);
   constexpr int kLanes = Vectors * kWidth;
   VecF acc[kRows][Vectors];

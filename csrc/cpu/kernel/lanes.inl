@@ -13,8 +13,8 @@ struct Lanes {
 
 // Reads the slots [first, first + size) of a permutation. A slot counts when both maps agree on it,
 // so a damaged plan can neither leave the tensor nor give one row to two tiles.
-PERMATTN_INLINE void read_lanes(Lanes& lanes, const PermView& perm, int64_t b, int64_t h, int64_t first,
-                                int64_t size) {
+PERMATTN_INLINE void read_lanes(Lanes& lanes, const PermView& perm, int64_t b, int64_t h,
+                                int64_t first, int64_t size) {
   const int32_t* token_of_slot = perm.token_of_slot.row(b, h);
   const int32_t* slot_of_token = perm.slot_of_token.row(b, h);
   const uint64_t num_tokens = perm.slot_of_token.size;
@@ -59,11 +59,12 @@ PERMATTN_INLINE bool lanes_that_see(const Lanes& lanes, uint32_t token, const La
   return any != 0;
 }
 
-// Feeds every token of the listed blocks of one row that some lane sees, chunk by chunk, to `flush`.
+// Feeds every token of the listed blocks of one row that some lane sees, chunk by chunk, to
+// `flush`.
 template <class Flush>
-PERMATTN_INLINE void stream_row(const IndexView& index, const PermView& perm, const LaneRange& range,
-                                int64_t b, int64_t h, int64_t row, const Lanes& lanes, Chunk& chunk,
-                                Flush& flush) {
+PERMATTN_INLINE void stream_row(const IndexView& index, const PermView& perm,
+                                const LaneRange& range, int64_t b, int64_t h, int64_t row,
+                                const Lanes& lanes, Chunk& chunk, Flush& flush) {
   const int32_t* offsets = index.row_offsets.row(b, h);
   const int64_t capacity = index.indices.size;
   const int64_t begin = offsets[row] < 0 ? 0 : offsets[row];

@@ -30,9 +30,11 @@ PERMATTN_INLINE VecF select(VecI mask, VecF a, VecF b) {
 // b where either is NaN.
 PERMATTN_INLINE VecF maximum(VecF a, VecF b) {
 #if PERMATTN_WIDTH == 16
-  return reinterpret_cast<VecF>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+  return reinterpret_cast<VecF>(
+      _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
 #elif PERMATTN_WIDTH == 8
-  return reinterpret_cast<VecF>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+  return reinterpret_cast<VecF>(
+      _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 #else
   return a > b ? a : b;
 #endif
@@ -79,7 +81,8 @@ PERMATTN_INLINE VecF exp2_integer(VecF n) {
 
 PERMATTN_INLINE bool any_greater(VecF a, VecF b) {
 #if PERMATTN_WIDTH == 16
-  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GT_OQ) != 0;
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GT_OQ) !=
+         0;
 #elif PERMATTN_WIDTH == 8
   return _mm256_movemask_ps(_mm256_cmp_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b),
                                           _CMP_GT_OQ)) != 0;
@@ -113,7 +116,8 @@ PERMATTN_INLINE uint32_t lanes_in_range(const uint32_t* lanes, uint32_t base, ui
   const __m256i token = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
   const __m256i lag = _mm256_sub_epi32(token, _mm256_set1_epi32(base));
   const __m256i limit = _mm256_set1_epi32(width);
-  return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_min_epu32(lag, limit), lag)));
+  return _mm256_movemask_ps(
+      _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_min_epu32(lag, limit), lag)));
 #else
   uint32_t bits = 0;
   for (int i = 0; i < kWidth; ++i) bits |= static_cast<uint32_t>(lanes[i] - base <= width) << i;
@@ -200,9 +204,11 @@ struct Float16 {
   using Storage = uint16_t;
   PERMATTN_INLINE VecF load(const uint16_t* p) {
 #if PERMATTN_WIDTH == 16
-    return reinterpret_cast<VecF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    return reinterpret_cast<VecF>(
+        _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif PERMATTN_WIDTH == 8
-    return reinterpret_cast<VecF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    return reinterpret_cast<VecF>(
+        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
     VecF x;
     for (int i = 0; i < kWidth; ++i) x[i] = half_to_float(p[i]);
@@ -212,9 +218,11 @@ struct Float16 {
   PERMATTN_INLINE float load_one(const uint16_t* p) { return half_to_float(*p); }
   PERMATTN_INLINE void store(uint16_t* p, VecF x) {
 #if PERMATTN_WIDTH == 16
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(x), 0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(reinterpret_cast<__m512>(x), 0));
 #elif PERMATTN_WIDTH == 8
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(x), 0));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(reinterpret_cast<__m256>(x), 0));
 #else
     for (int i = 0; i < kWidth; ++i) p[i] = float_to_half(x[i]);
 #endif
@@ -234,7 +242,8 @@ PERMATTN_INLINE VecF interleave_low(VecF a, VecF b) {
 }
 PERMATTN_INLINE VecF interleave_high(VecF a, VecF b) {
 #if PERMATTN_WIDTH == 16
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                 31);
 #elif PERMATTN_WIDTH == 8
   return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #else

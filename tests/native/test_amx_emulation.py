@@ -1,0 +1,80 @@
+"""The AMX kernel's own source, run with tile intrinsics written in plain C++."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from permattn import TokenBand, testing
+from permattn.backends import cpu
+from permattn.ops import pack_plan
+from permattn.patterns.dense import plan_dense
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILER = next((c for c in ("g++", "clang++") if shutil.which(c)), None)
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(
+        "avx512_bf16" not in cpu.available_isas(), reason="the softmax needs AVX-512 bf16"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def amx_forward(tmp_path_factory):
+    library = tmp_path_factory.mktemp("amx") / "amx.so"
+    flags = (ROOT / "csrc" / "compile_flags.txt").read_text().replace("-O3", "-O2").split()
+    sources = [ROOT / "tests/native/amx_harness.cpp", ROOT / "csrc/cpu/forward.cpp"]
+    flags.append("-fvisibility=default")
+    command = [COMPILER, *flags, "-shared", *map(str, sources), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library)).amx_forward
+
+
+def run(function, q, k, v, plan, scale):
+    out = q.new_full((*q.shape[:3], v.shape[3]), float("nan"))
+    lse = torch.full(q.shape[:3], float("nan"))
+    tensors, ints = pack_plan(plan)
+    tensors = [x.contiguous() for x in tensors]
+    pointers = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
+    shapes = torch.tensor([list(x.shape) for x in tensors])
+    numbers = torch.tensor(ints)
+    sizes = torch.tensor([*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], v.shape[3]])
+    at = [ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, out, lse, sizes)]
+    products = function(
+        *(*at, ctypes.c_float(scale), ctypes.c_int64(len(plan.parts)), pointers),
+        *(ctypes.c_void_p(x.data_ptr()) for x in (shapes, numbers)),
+    )
+    assert products > 0, "a tile was used without its configuration, or none was used"
+    return out, lse
+
+
+PLANS = {
+    "causal": lambda: plan_dense(200, 200, causal=True),
+    "three-parts": lambda: testing.split_plan(150, 170, heads=4),
+    "permuted-odd-blocks": lambda: testing.random_plan(
+        90, 140, heads=4, permuted=True, holes=5, block_q=7, block_kv=3, band=TokenBand(-9, 80)
+    ),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (40, 24), (1, 1), (128, 256), (33, 80)])
+def test_emulated_tiles_match_float64(amx_forward, plan, dim, dim_v):
+    plan = PLANS[plan]()
+    g = torch.Generator().manual_seed(0)
+    sq, skv, scale = plan.num_q_tokens, plan.num_kv_tokens, dim**-0.5
+    q, k, v = (
+        torch.randn(1, h, s, w, generator=g).bfloat16()
+        for h, s, w in ((4, sq, dim), (2, skv, dim), (2, skv, dim_v))
+    )
+    visible = testing.visible_pairs(plan, 1, 4) > 0
+    ours = run(amx_forward, q, k, v, plan, scale)
+    exact = testing.masked_attention(q.double(), k.double(), v.double(), visible, scale)
+    plain = testing.masked_attention(q, k, v, visible, scale)
+    for name, a, p, e in zip(("out", "lse"), ours, plain, exact, strict=True):
+        testing.assert_within(a, p, e, name)

@@ -1,0 +1,79 @@
+// The AMX tile intrinsics that amx_math.inl uses, in plain C++, so that the kernel's own source
+// runs on machines without tiles. Using a tile without a configuration is counted as an error.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace tile_emulation {
+
+struct State {
+  uint8_t config[64] = {};
+  alignas(64) uint8_t tile[8][16][64] = {};
+  int errors = 0;
+  int products = 0;
+};
+inline thread_local State state;
+
+inline int num_rows(int t) {
+  const bool configured = state.config[0] == 1 && state.config[48 + t] == 16;
+  uint16_t column_bytes;
+  std::memcpy(&column_bytes, state.config + 16 + 2 * t, 2);
+  if (!configured || column_bytes != 64) ++state.errors;
+  return configured ? 16 : 0;
+}
+
+inline float from_bf16(const uint8_t* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline void zero(int t) {
+  for (int r = 0; r < num_rows(t); ++r) std::memset(state.tile[t][r], 0, 64);
+}
+inline void load(int t, const void* base, int64_t stride) {
+  const auto* p = static_cast<const uint8_t*>(base);
+  for (int r = 0; r < num_rows(t); ++r) std::memcpy(state.tile[t][r], p + r * stride, 64);
+}
+inline void store(int t, void* base, int64_t stride) {
+  auto* p = static_cast<uint8_t*>(base);
+  for (int r = 0; r < num_rows(t); ++r) std::memcpy(p + r * stride, state.tile[t][r], 64);
+}
+inline void dot(int c, int a, int b) {
+  ++state.products;
+  num_rows(a);
+  num_rows(b);
+  for (int m = 0; m < num_rows(c); ++m) {
+    for (int n = 0; n < 16; ++n) {
+      float sum;
+      std::memcpy(&sum, state.tile[c][m] + 4 * n, 4);
+      for (int k = 0; k < 16; ++k) {
+        for (int pair = 0; pair < 2; ++pair) {
+          sum += from_bf16(state.tile[a][m] + 4 * k + 2 * pair) *
+                 from_bf16(state.tile[b][k] + 4 * n + 2 * pair);
+        }
+      }
+      std::memcpy(state.tile[c][m] + 4 * n, &sum, 4);
+    }
+  }
+}
+
+}  // namespace tile_emulation
+
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#undef _tile_loadconfig
+#undef _tile_storeconfig
+#undef _tile_release
+#define _tile_zero(t) tile_emulation::zero(t)
+#define _tile_loadd(t, base, stride) tile_emulation::load(t, base, stride)
+#define _tile_stored(t, base, stride) tile_emulation::store(t, base, stride)
+#define _tile_dpbf16ps(c, a, b) tile_emulation::dot(c, a, b)
+#define _tile_loadconfig(p) std::memcpy(tile_emulation::state.config, p, 64)
+#define _tile_storeconfig(p) std::memcpy(p, tile_emulation::state.config, 64)
+#define _tile_release() std::memset(tile_emulation::state.config, 0, 64)
