@@ -13,7 +13,7 @@ from permattn.patterns.mminference import plan_grid_prefill
 from torch import Tensor
 
 from bench import baselines
-from bench.plans import PlanBuilder, num_pairs
+from bench.plans import Dense, PlanBuilder, num_pairs
 from bench.registry import Case, Run, Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -50,6 +50,13 @@ class Bench:
             shape = self.case.shape
             self.plans[builder] = builder(shape.num_tokens, shape.num_q_heads)
         return self.plans[builder]
+
+    @property
+    def backend_name(self) -> str:
+        """The backend that "auto" comes to for this case."""
+        plan = Dense()(self.case.shape.num_tokens, self.case.shape.num_q_heads)
+        problem = Problem.of(self.q, self.k, self.v, plan, needs_grad=False)
+        return resolve(problem, self.backend)
 
     def contender(self, run: Run) -> Contender:
         if run.kind == "sdpa":

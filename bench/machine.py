@@ -52,6 +52,10 @@ def isa() -> str:
         return torch.backends.cpu.get_cpu_capability()
 
 
+def threads_text(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
 def commit() -> tuple[str, bool]:
     """(commit, whether the tree differs from it); ("unknown", True) outside a checkout."""
     if not (ROOT / ".git").exists():

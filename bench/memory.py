@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from bench.machine import ROOT
 from bench.registry import CASES, Case
@@ -19,8 +20,8 @@ from bench.registry import CASES, Case
 _STATUS = Path("/proc/self/status")
 
 
-def measure_memory(case: Case, backend: str, threads: int) -> dict[str, float]:
-    """ms, peak_gb, before_gb (inputs made, plan not), error and bound of the case's first run."""
+def measure_memory(case: Case, backend: str, threads: int) -> dict[str, Any]:
+    """backend, ms, peak_gb, before_gb (inputs made, plan not), error and bound of the case's first run."""
     command = [sys.executable, "-m", "bench.memory", case.name, backend, str(threads)]
     command.append(str(case.shape.num_tokens))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -64,6 +65,7 @@ def main(argv: list[str]) -> int:
     rows = sample_rows(case.shape.num_tokens, 12)
     verdict = judge(out, bench.q, bench.k, bench.v, contender.plan, rows)
     facts = {
+        "backend": bench.backend_name,
         "ms": milliseconds,
         "peak_gb": peak,
         "before_gb": before,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.machine import threads_text
 from bench.registry import CASES, TARGETS
 from bench.results import Row, load
 
@@ -184,7 +185,7 @@ def _machine(rows: Sequence[Row]) -> str:
         {
             (
                 f"{row.machine['cpu']}, {row.machine['cores']} cores, "
-                f"{row.machine['threads']} threads, {row.machine['isa']}, "
+                f"{threads_text(row.machine['threads'])}, {row.machine['isa']}, "
                 f"{row.machine['system']}, torch {row.machine['torch']}, "
                 f"backend {row.backend}"
             )

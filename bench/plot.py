@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.machine import threads_text
 from bench.registry import DENSITIES, TARGETS, Dtype, percent
 from bench.results import Row
 
@@ -62,9 +63,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             *left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False
         )
         machine = any_row.machine
+        sizes, model = any_row.shape.rsplit(" D=", 1)[0], machine["cpu"].split(" (")[0]
         figure.suptitle(
-            f"Block-sparse attention, {any_row.shape.rsplit(' D=', 1)[0]}, blocks of 128 — "
-            f"{machine['cpu'].split(' (')[0]}, {machine['threads']} threads, {machine['isa']}",
+            f"Block-sparse attention, {sizes}, blocks of 128 — {model}, "
+            f"{threads_text(machine['threads'])}, {machine['isa']}",
             fontsize=12,
         )
         path.parent.mkdir(parents=True, exist_ok=True)

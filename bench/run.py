@@ -97,6 +97,7 @@ def run_case(case: Case, backend: str, timing: Timing, console: Console) -> Row:
 
 def _probe_time(case: Case, backend: str, timing: Timing, row: Row, console: Console) -> None:
     bench = Bench(case, backend, row.machine["threads"])
+    row.backend = bench.backend_name
     contenders = {}
     for run in case.runs:
         if run.threads is not None and run.threads > row.machine["threads"]:
@@ -127,6 +128,7 @@ def _probe_time(case: Case, backend: str, timing: Timing, row: Row, console: Con
 
 def _probe_memory(case: Case, backend: str, threads: int, row: Row) -> None:
     facts = measure_memory(case, backend, threads)
+    row.backend = facts["backend"]
     name = case.runs[0].name
     row.gate[name] = {x: facts[x] for x in ("error", "torchs", "bound", "ok")}
     row.runs[name] = {

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from bench.machine import threads_text
 from bench.results import Row
 
 _MARK = {True: "[green]met[/]", False: "[red]missed[/]", None: "[dim]shown[/]"}
@@ -68,7 +69,7 @@ def print_summary(console: Console, rows: Sequence[Row]) -> None:
 def _caption(row: Row) -> str:
     facts = row.machine
     noisy = [name for name, run in row.runs.items() if run.get("quiet") is False]
-    text = f"{row.shape}; {facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
+    text = f"{row.shape}; {facts['cpu']}, {threads_text(facts['threads'])}, {facts['isa']}"
     if noisy:
         text += f"; measured on a busy machine, read with care: {', '.join(noisy)}"
     return text
