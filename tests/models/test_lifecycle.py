@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -304,3 +306,21 @@ def test_backend_is_passed_on(case_of):
         pytest.raises(ValueError, match="backend: wants one of"),
     ):
         case.model.generate(**case.inputs, **GREEDY)
+
+
+COLD = """
+import sys
+sys.modules["transformers"] = None
+import permattn, permattn.models
+try:
+    permattn.patch
+except ImportError as e:
+    print(e)
+"""
+
+
+def test_without_transformers():
+    """Nothing is imported before it is used, and what is missing is named."""
+    done = subprocess.run([sys.executable, "-c", COLD], capture_output=True, text=True, check=True)
+    assert "permattn.patch needs transformers" in done.stdout
+    assert "pip install 'permattn[transformers]'" in done.stdout

@@ -31,6 +31,8 @@ class PendingGrid:
     size: Size
 
 
+MAX_PENDING = 4096
+
 _FRAMES: ContextVar[tuple[_Frame, ...]] = ContextVar("permattn_frames", default=())
 _PREPARING: ContextVar[bool] = ContextVar("permattn_preparing", default=False)
 _OBSERVED: ContextVar[Mapping[str, Any] | None] = ContextVar("permattn_observed", default=None)
@@ -101,7 +103,8 @@ def observed() -> Mapping[str, Any] | None:
 
 def add_pending(grids: list[PendingGrid]) -> None:
     """Keeps grids for the next prefill of their owner."""
-    _PENDING.set((*_PENDING.get(), *grids))
+    # Features may be asked for without any prefill; then the oldest are of no use to anybody.
+    _PENDING.set((*_PENDING.get(), *grids)[-MAX_PENDING:])
 
 
 def take_pending(owner: object) -> list[PendingGrid]:
