@@ -21,7 +21,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def measure_memory(case: Case, backend: str, threads: int) -> dict[str, Any]:
-    """backend, ms, peak_gb, before_gb (inputs made, plan not), error and bound of the case's first run."""
+    """Backend, ms, peak_gb, before_gb (inputs made, plan not) and the gate's numbers of a case."""
     command = [sys.executable, "-m", "bench.memory", case.name, backend, str(threads)]
     command.append(str(case.shape.num_tokens))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
