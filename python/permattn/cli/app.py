@@ -46,6 +46,9 @@ def run(argv: Sequence[str]) -> int:
             hint = getattr(getattr(e, "ctx", None), "command_path", "permattn")
             return _stop(f"{one_line(e.format_message())} (see {hint} --help)", EXIT_BAD_INPUT)
         raise
+    if result == EXIT_INTERRUPTED:
+        # typer turns Ctrl-C into this result without a word.
+        return _stop("interrupted", EXIT_INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

@@ -80,7 +80,6 @@ FIRST_LAYER_KINDS = (KINDS[0], KINDS[6], KINDS[2], KINDS[3])
 class Sizes:
     """Sizes of the model. The defaults fit two CPU cores; tests take smaller ones."""
 
-    hidden: int = 1024
     mlp: int = 1024
     layers: int = 4
     heads: int = 8
@@ -90,6 +89,10 @@ class Sizes:
     vision_depth: int = 4
     patch: int = 14
     num_spots: int = 8
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * HEAD_DIM
 
 
 @dataclass(frozen=True)

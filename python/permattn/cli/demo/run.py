@@ -27,6 +27,7 @@ from permattn.core import Problem
 
 OWN_VIDEO_ASPECT = 2.0
 MIN_Q_LEN = 256
+SIZES = Sizes()
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,10 @@ def _prepare(
             dtype=dtype,
         )
     grid = choose_grid(options.tokens, options.frames, aspect)
-    side = 2 * Sizes().patch
+    side = 2 * SIZES.patch
     clip = read(Grid(grid.frames, grid.height * side, grid.width * side))
     task = progress.add_task("building the model", total=1)
-    subject = constructed_subject(clip, grid, device=device, dtype=dtype)
+    subject = constructed_subject(clip, grid, device=device, dtype=dtype, sizes=SIZES)
     progress.advance(task)
     return subject, clip
 

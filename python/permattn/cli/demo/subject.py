@@ -108,12 +108,15 @@ def constructed_subject(
         "video_grid_thw": thw,
         "second_per_grid_ts": torch.tensor([1.0]),
     }
-    sheet = []
+    sheet: list[SheetHead] = []
     for kind in _SHEET_KINDS:
         where = (
             (n, h) for n, row in enumerate(made.kinds) if n for h, k in enumerate(row) if k == kind
         )
-        sheet += [SheetHead(n, h, kind) for n, h in list(where)[:1]]
+        found = list(where)
+        if found:
+            # Not all from one layer.
+            sheet.append(SheetHead(*found[len(sheet) % len(found)], kind))
     return Subject(
         made.model.to(device),
         {name: x.to(device) for name, x in inputs.items()},
