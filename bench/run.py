@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from permattn.backends import AUTO_ORDER
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -34,7 +35,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("cases", nargs="*", metavar="CASE", help="names or patterns such as 'bf16-*'; all if none")
     add("--list", action="store_true", help="list the cases and stop")
     add("--quick", action="store_true", help="a small smoke run: few cases, few tokens, not saved")
-    add("--backend", default="auto", help="auto, cpu, triton or reference (default: auto)")
+    add("--backend", default="auto", choices=("auto", *AUTO_ORDER), help="default: auto")
     add("--threads", type=int, default=None, help="torch threads (default: all cores)")
     add("--rounds", type=int, default=7, help="quiet samples of each contender (default: 7)")
     add("--max-rounds", type=int, default=None, help="rounds at most (default: 3 x rounds)")
@@ -45,9 +46,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the bench. Returns 0; 1 when a result is wrong; 2 for bad arguments."""
+    """Runs the bench. Returns 0; 1 when a result is wrong; 2 for bad arguments; 130 on Ctrl-C."""
     args = parse(sys.argv[1:] if argv is None else argv)
     console = Console() if sys.stdout.isatty() else Console(width=140)
+    try:
+        return _run(args, console)
+    except NotImplementedError as error:
+        console.print(f"bench: {error}", highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print("bench: interrupted; finished cases are saved")
+        return 130
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
     cases = _selected(args)
     if args.list:
         for case in CASES:

@@ -81,6 +81,13 @@ def test_unknown_case_is_an_error():
     assert run.main(["no-such-case"]) == 2
 
 
+def test_a_backend_that_cannot_run_is_one_line(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("the triton backend can run here")
+    assert run.main(["--quick", "tiny", "--backend", "triton"]) == 2
+    assert "triton" in capsys.readouterr().out
+
+
 def test_list_names_every_case(capsys):
     assert run.main(["--list"]) == 0
     assert "memory-128k" in capsys.readouterr().out
