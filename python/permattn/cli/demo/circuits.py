@@ -80,7 +80,7 @@ FIRST_LAYER_KINDS = (KINDS[0], KINDS[6], KINDS[2], KINDS[3])
 class Sizes:
     """Sizes of the model. The defaults fit two CPU cores; tests take smaller ones."""
 
-    mlp: int = 1024
+    mlp: int = 2048
     layers: int = 4
     heads: int = 8
     kv_heads: int = 2

@@ -140,7 +140,7 @@ def _config(sizes: Sizes) -> Any:
 
 # The prompt: bos, system text, markers, vision start, the video, vision end, question.
 _FIRST_WORD = 64
-_SYSTEM, _QUESTION = 20, 24
+_SYSTEM, _QUESTION = 21, 24
 # Special tokens outweigh what layers add to them, as the first token of trained models does.
 _SPECIAL_SIZE = 8.0
 

@@ -20,12 +20,18 @@ from permattn.cli.demo.subject import SheetHead
 from permattn.cli.demo.video import Clip
 
 WHOLE_CELLS = 512
-# The detail: the last tokens of the prompt, at about one cell per token or two.
-DETAIL_TOKENS, DETAIL_CELLS = 1280, 320
+# The detail: the last tokens of the prompt, several frames of them.
+DETAIL_TOKENS, DETAIL_CELLS = 2560, 320
 STRIP = 8
+# A first cell with that much of every row's mass is pointed out: on paper it is a hair's breadth.
+SINK_SHARE = 0.1
 
 _INK, _FAINT, _PAPER, _VOID = "#1c1d22", "#6b6f7a", "#ffffff", "#f1f1f4"
 _DENSE, _SPARSE = "#b9bcc6", "#d1495b"
+_KEY = (
+    "True attention: black is under 3 % of what an even spread over the past would give, violet to "
+    "yellow is more (logarithmic). Plan: yellow means every pair is computed, violet a few."
+)
 _EXPLAIN = {
     "place": "the same place in every earlier frame",
     "grid": "one place of every frame, seen by everyone",
@@ -45,18 +51,19 @@ def draw(
     on_step: Callable[[], object] = lambda: None,
 ) -> None:
     """Writes the PNG."""
-    width, top, row = 15.0, 4.6, 3.95
-    figure = Figure(figsize=(width, top + row * len(heads) + 0.5), facecolor=_PAPER, dpi=110)
+    width, top, row = 15.0, 4.3, 3.95
+    height = top + row * len(heads)
+    figure = Figure(figsize=(width, height), facecolor=_PAPER, dpi=150)
     FigureCanvasAgg(figure)
     outer = figure.add_gridspec(
         2,
         1,
         height_ratios=(top, row * len(heads)),
-        hspace=0.10,
+        hspace=0.75 / height,
         left=0.035,
         right=0.985,
-        top=0.985,
-        bottom=0.02,
+        top=1.0 - 0.25 / height,
+        bottom=0.35 / height,
     )
     _draw_head_line(figure, outer[0], report, clip)
     grid = outer[1].subgridspec(len(heads), 4, wspace=0.09, hspace=0.30)
@@ -69,13 +76,13 @@ def draw(
 
 
 def _draw_head_line(figure: Figure, place: Any, report: Report, clip: Clip) -> None:
-    rows = place.subgridspec(3, 1, height_ratios=(0.95, 1.25, 1.9), hspace=0.16)
+    rows = place.subgridspec(3, 1, height_ratios=(1.05, 1.2, 1.5), hspace=0.32)
     title = _bare(figure.add_subplot(rows[0]))
     facts = report.facts
     title.text(
         0,
         0.95,
-        f"{facts['visual_tokens']:,} visual tokens, {report.density:.1%} of the attention",
+        f"{facts['visual_tokens']:,} visual tokens, {report.density:.1%} of all pairs computed",
         fontsize=23,
         fontweight="bold",
         color=_INK,
@@ -90,11 +97,12 @@ def _draw_head_line(figure: Figure, place: Any, report: Report, clip: Clip) -> N
         f"{got.hidden_error:.2%}; top-1 agreement {got.top1:.1%} over the last 64 positions. "
         + facts["note"].split(". ")[0].split(":")[0]
         + ".",
+        _KEY,
     )
     for i, line in enumerate(lines):
         title.text(
             0,
-            0.42 - 0.28 * i,
+            0.5 - 0.27 * i,
             line,
             fontsize=10,
             color=_FAINT,
@@ -118,8 +126,8 @@ def _draw_head_line(figure: Figure, place: Any, report: Report, clip: Clip) -> N
 
 def _draw_bars(axis: Any, report: Report, label: str, name: str) -> None:
     dense, sparse = (report.median(kind, name) / 1000 for kind in ("dense", "sparse"))
-    axis.barh((1, 0), (dense, sparse), color=(_DENSE, _SPARSE), height=0.72)
-    limit = 1.28 * max(dense, sparse)
+    axis.barh((1, 0), (dense, sparse), color=(_DENSE, _SPARSE), height=0.7)
+    limit = 1.42 * max(dense, sparse)
     for y, (value, text) in enumerate(((sparse, "permattn"), (dense, "torch SDPA"))):
         axis.text(
             value + 0.015 * limit,
@@ -147,11 +155,15 @@ def _draw_head(
     tokens = layer.q.shape[2]
     group = layer.q.shape[1] // layer.k.shape[1]
     q, k = layer.q[0, head.head], layer.k[0, head.head // group]
-    whole = Window(0, tokens, -(-tokens // min(WHOLE_CELLS, tokens)))
+    # A power of two: frames and cells then often share their edges, and lines do not shimmer.
+    whole = Window(0, tokens, 1 << (max(1, tokens // WHOLE_CELLS).bit_length() - 1))
     detail = min(DETAIL_TOKENS, tokens)
     close = Window(tokens - detail, tokens, max(1, detail // DETAIL_CELLS))
     for i, window in enumerate((whole, close)):
-        _draw_attention(axes[2 * i], attention_map(q, k, window, layer.scale), window)
+        values = attention_map(q, k, window, layer.scale)
+        _draw_attention(axes[2 * i], values, window)
+        if window is whole and float(values[:, 0].mean()) > SINK_SHARE:
+            _point_at_sink(axes[0], float(values[:, 0].mean()), window)
         _draw_plan(axes[2 * i + 1], plan_map(layer.plan, head.head, window), window)
     # Blank space above each row of maps holds one line of text, wider than a map.
     name = f"layer {head.layer}, head {head.head}"
@@ -190,6 +202,19 @@ def _draw_attention(axis: Any, values: Tensor, window: Window) -> None:
     shown = lit.masked_fill(row > row[:, None], float("nan"))
     norm = colors.LogNorm(vmin=0.03, vmax=max(float(lit.max()), 1.0))
     _show(axis, shown.clamp_min(0.03), window, cmap="magma", norm=norm)
+
+
+def _point_at_sink(axis: Any, share: float, window: Window) -> None:
+    axis.annotate(
+        f"first {window.cell} tokens: {share:.0%}",
+        xy=(0.004, 0.16),
+        xytext=(0.09, 0.08),
+        xycoords="axes fraction",
+        textcoords="axes fraction",
+        color=_PAPER,
+        fontsize=9,
+        arrowprops={"arrowstyle": "->", "color": _PAPER, "lw": 1.0},
+    )
 
 
 def _draw_plan(axis: Any, values: Tensor, window: Window) -> None:
