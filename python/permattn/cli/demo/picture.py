@@ -59,7 +59,7 @@ def draw(
         2,
         1,
         height_ratios=(top, row * len(heads)),
-        hspace=0.75 / height,
+        hspace=1.3 / height,
         left=0.035,
         right=0.985,
         top=1.0 - 0.25 / height,
@@ -127,7 +127,7 @@ def _draw_head_line(figure: Figure, place: Any, report: Report, clip: Clip) -> N
 def _draw_bars(axis: Any, report: Report, label: str, name: str) -> None:
     dense, sparse = (report.median(kind, name) / 1000 for kind in ("dense", "sparse"))
     axis.barh((1, 0), (dense, sparse), color=(_DENSE, _SPARSE), height=0.7)
-    limit = 1.42 * max(dense, sparse)
+    limit = 1.5 * max(dense, sparse)
     for y, (value, text) in enumerate(((sparse, "permattn"), (dense, "torch SDPA"))):
         axis.text(
             value + 0.015 * limit,
