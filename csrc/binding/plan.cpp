@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <algorithm>
+
 namespace permattn::binding {
 namespace {
 
@@ -14,10 +16,12 @@ PermView perm_view_of(const Tensor& token_of_slot, const Tensor& slot_of_token, 
 
 IndexView index_view_of(const Tensor* t, int64_t block_row, int64_t block_col,
                         const Problem& problem) {
+  // A block longer than any sequence means the same as one that just holds it, and cannot overflow.
+  constexpr int64_t kLongest = INT32_MAX;
   const IndexView index{int_view_of(t[0], problem.batch, problem.q_heads, "indices"),
                         int_view_of(t[1], problem.batch, problem.q_heads, "row_offsets"),
-                        int_view_of(t[2], problem.batch, problem.q_heads, "num_full"), block_row,
-                        block_col};
+                        int_view_of(t[2], problem.batch, problem.q_heads, "num_full"),
+                        std::min(block_row, kLongest), std::min(block_col, kLongest)};
   STD_TORCH_CHECK(index.row_offsets.size == index.num_full.size + 1,
                   "row_offsets: wants one column more than num_full, got ", index.row_offsets.size,
                   " and ", index.num_full.size);
@@ -48,6 +52,7 @@ std::vector<PlanPart> parts_of(const std::vector<Tensor>& tensors, const std::ve
                   "plan: wants 7 tensors and 9 integers a part after 5 integers, got ",
                   tensors.size(), " tensors and ", ints.size(), " integers");
   std::vector<PlanPart> parts;
+  int64_t num_groups = 0;
   for (size_t i = 0; i < num_parts; ++i) {
     const Tensor* t = &tensors[i * kTensorsPerPart];
     const int64_t* n = &ints[kHeaderInts + i * kIntsPerPart];
@@ -56,8 +61,9 @@ std::vector<PlanPart> parts_of(const std::vector<Tensor>& tensors, const std::ve
     part.kv_perm = perm_view_of(t[2], t[3], problem.skv, problem, "kv_perm");
     part.index = index_view_of(t + 4, n[0], n[1], problem);
     part.band = band_of(n[2] != 0, n[3], n[4] != 0, n[5]);
+    STD_TORCH_CHECK(n[8] >= 0 && n[8] <= num_groups, "plan: bad group number ", n[8]);
+    num_groups = std::max(num_groups, n[8] + 1);
     part.group = static_cast<int32_t>(n[8]);
-    STD_TORCH_CHECK(n[8] >= 0 && n[8] <= static_cast<int64_t>(i), "plan: bad group number ", n[8]);
     parts.push_back(part);
   }
   return parts;

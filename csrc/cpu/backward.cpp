@@ -39,7 +39,7 @@ void run_pass(const BwdParams& params, const Pass& pass, const float* delta, con
     int64_t columns = 0;
     for (const int32_t part : pass.parts) {
       const IndexView& index = index_of(problem.parts[part], keys);
-      columns += row_length(index, head / heads, h, slot / index.block_row) * index.block_col;
+      columns += row_slots(index, head / heads, h, slot / index.block_row);
     }
     costs.push_back((columns + 1) * (bounds[i % tiles + 1] - slot));
   }

@@ -10,16 +10,14 @@ namespace permattn::cpu {
 // Queries (or keys) of one tile. Two words of 64 bits hold "which lanes see this token".
 constexpr int64_t kTileLanes = 128;
 constexpr int64_t kMaxHeadDim = 256;
-// Groups of parts (orders of queries) in one plan.
-constexpr int kMaxGroups = 64;
 
 // The partial result of one group of parts, in slot order: normalised rows and log2-sum-exp2.
 // `rows` is null where a group writes the final result.
 struct Partial {
-  float* rows;        // [B, Hq, num_slots, Dv]
-  float* log2_sum;    // [B, Hq, num_slots]; -inf = saw nothing
-  PermView q_perm;    // to find a token's slot
-  int64_t num_slots;  //
+  float* rows;      // [B, Hq, num_slots, Dv]
+  float* log2_sum;  // [B, Hq, num_slots]; -inf = saw nothing
+  PermView q_perm;  // to find a token's slot
+  int64_t num_slots;
 };
 
 // One group: the parts that share an order of queries, and so one running softmax.

@@ -100,12 +100,13 @@ void run_tiles(const Pool& pool, const std::vector<int64_t>& costs, size_t scrat
   }
 }
 
-// Listed blocks of a row, for costs; 0 where the plan is damaged.
-inline int64_t row_length(const IndexView& index, int64_t b, int64_t h, int64_t row) {
+// Slots in the listed blocks of a row, for costs: bounded, whatever a damaged plan says.
+inline int64_t row_slots(const IndexView& index, int64_t b, int64_t h, int64_t row) {
+  constexpr int64_t kMost = int64_t{1} << 40;
   if (row >= index.num_full.size) return 0;
   const int32_t* offsets = index.row_offsets.row(b, h);
   const int64_t length = std::min<int64_t>(offsets[row + 1], index.indices.size) - offsets[row];
-  return std::max<int64_t>(length, 0);
+  return std::clamp<int64_t>(length, 0, kMost / index.block_col) * index.block_col;
 }
 
 }  // namespace permattn::cpu

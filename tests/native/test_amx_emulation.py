@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from permattn import TokenBand, testing
 from permattn.backends import cpu
 from permattn.ops import pack_plan

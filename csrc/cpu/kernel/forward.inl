@@ -149,54 +149,59 @@ struct FwdTileRun {
   }
 };
 
-// The result of one query: merges other groups' partial results, converts, writes.
-template <class Type>
-PERMATTN_INLINE void write_row(const FwdTile& tile, int32_t token, const float* row,
-                               float log2_sum) {
-  const FwdParams& p = *tile.params;
-  const int64_t dim_v = p.problem.head_dim_v;
-  const int64_t head = tile.b * p.problem.q_heads + tile.h;
-  const TensorView& view = p.out;
-  auto* out = static_cast<typename Type::Storage*>(view.data) + tile.b * view.stride_b +
-              tile.h * view.stride_h + token * view.stride_s;
+// Where another group holds a partial result of the token; -1 = it saw nothing of it.
+PERMATTN_INLINE int64_t find_partial(const FwdTile& tile, const Partial& other, int32_t token) {
+  const int32_t slot = other.q_perm.slot_of_token.row(tile.b, tile.h)[token];
+  if (slot < 0 || slot >= other.num_slots) return -1;
+  if (other.q_perm.token_of_slot.row(tile.b, tile.h)[slot] != token) return -1;
+  const int64_t head = tile.b * tile.params->problem.q_heads + tile.h;
+  const int64_t place = head * other.num_slots + slot;
+  return other.log2_sum[place] == -kInfinity ? -1 : place;
+}
+
+// Brings other groups' partial results of the token under one softmax with `row`, in place.
+PERMATTN_INLINE float merge_partials(const FwdTile& tile, int32_t token, float* row,
+                                     float log2_sum) {
+  const int64_t dim_v = tile.params->problem.head_dim_v;
   float highest = log2_sum;
-  const float* other_row[kMaxGroups];
-  float other_sum[kMaxGroups];
-  int num_others = 0;
+  bool found = false;
+  for (int i = 0; i < tile.num_others; ++i) {
+    const int64_t place = find_partial(tile, tile.others[i], token);
+    if (place < 0) continue;
+    const float sum = tile.others[i].log2_sum[place];
+    highest = sum > highest ? sum : highest;
+    found = true;
+  }
+  if (!found) return log2_sum;
+  float total = log2_sum == -kInfinity ? 0.0F : __builtin_exp2f(log2_sum - highest);
+  for (int64_t d = 0; d < dim_v; d += kWidth) store(row + d, load(row + d) * total);
   for (int i = 0; i < tile.num_others; ++i) {
     const Partial& other = tile.others[i];
-    const int32_t slot = other.q_perm.slot_of_token.row(tile.b, tile.h)[token];
-    if (slot < 0 || slot >= other.num_slots) continue;
-    if (other.q_perm.token_of_slot.row(tile.b, tile.h)[slot] != token) continue;
-    const int64_t place = head * other.num_slots + slot;
-    if (other.log2_sum[place] == -kInfinity) continue;
-    other_row[num_others] = other.rows + place * dim_v;
-    other_sum[num_others++] = other.log2_sum[place];
-    highest = other.log2_sum[place] > highest ? other.log2_sum[place] : highest;
-  }
-  float* lse = p.lse + head * p.problem.sq + token;
-  if (num_others == 0) {
+    const int64_t place = find_partial(tile, other, token);
+    if (place < 0) continue;
+    const float weight = __builtin_exp2f(other.log2_sum[place] - highest);
+    total += weight;
+    const float* from = other.rows + place * dim_v;
     for (int64_t d = 0; d < dim_v; d += kWidth) {
-      store_up_to<Type>(out + d, load_unaligned(row + d), dim_v - d);
+      store(row + d, load(row + d) + load_up_to<Float32>(from + d, dim_v - d) * weight);
     }
-    *lse = log2_sum * kLn2;
-    return;
   }
-  const float own = log2_sum == -kInfinity ? 0.0F : __builtin_exp2f(log2_sum - highest);
-  float total = own;
-  for (int i = 0; i < num_others; ++i) {
-    other_sum[i] = __builtin_exp2f(other_sum[i] - highest);
-    total += other_sum[i];
-  }
-  const float inverse = 1.0F / total;
+  for (int64_t d = 0; d < dim_v; d += kWidth) store(row + d, load(row + d) * (1.0F / total));
+  return highest + __builtin_log2f(total);
+}
+
+// The result of one query goes to its token's row. `row` is scratch: merging changes it.
+template <class Type>
+PERMATTN_INLINE void write_row(const FwdTile& tile, int32_t token, float* row, float log2_sum) {
+  const FwdParams& p = *tile.params;
+  const int64_t dim_v = p.problem.head_dim_v;
+  if (tile.num_others > 0) log2_sum = merge_partials(tile, token, row, log2_sum);
+  auto* out = static_cast<typename Type::Storage*>(p.out.data) + tile.b * p.out.stride_b +
+              tile.h * p.out.stride_h + token * p.out.stride_s;
   for (int64_t d = 0; d < dim_v; d += kWidth) {
-    VecF x = load_unaligned(row + d) * (own * inverse);
-    for (int i = 0; i < num_others; ++i) {
-      x += load_up_to<Float32>(other_row[i] + d, dim_v - d) * (other_sum[i] * inverse);
-    }
-    store_up_to<Type>(out + d, x, dim_v - d);
+    store_up_to<Type>(out + d, load(row + d), dim_v - d);
   }
-  *lse = (highest + __builtin_log2f(total)) * kLn2;
+  p.lse[(tile.b * p.problem.q_heads + tile.h) * p.problem.sq + token] = log2_sum * kLn2;
 }
 
 template <class Math>
@@ -218,7 +223,7 @@ PERMATTN_INLINE void finish(const FwdTile& tile, const FwdSizes<Math>& size,
       const float total = buf.sum[lane + j];
       const float log2_sum =
           total == 0.0F ? -kInfinity : buf.top[lane + j] + __builtin_log2f(total);
-      const float* row = buf.row + j * row_stride;
+      float* row = buf.row + j * row_stride;
       if (partial.rows == nullptr) {
         write_row<typename Math::Type>(tile, lanes.token[lane + j], row, log2_sum);
         continue;
@@ -283,7 +288,7 @@ void forward_tile(const FwdTile& tile, std::byte* scratch) {
 
 template <class Math>
 void forward_rest(const FwdTile& tile) {
-  alignas(64) static const float zeros[kMaxHeadDim] = {};
+  alignas(64) float row[kMaxHeadDim];
   const PermView& perm = tile.group->q_perm;
   const int32_t* slot_of_token = perm.slot_of_token.row(tile.b, tile.h);
   const int32_t* token_of_slot = perm.token_of_slot.row(tile.b, tile.h);
@@ -291,6 +296,7 @@ void forward_rest(const FwdTile& tile) {
   for (int64_t token = tile.slot; token < tile.slot + tile.size; ++token) {
     const int32_t slot = slot_of_token[token];
     if (static_cast<uint32_t>(slot) < num_slots && token_of_slot[slot] == token) continue;
-    write_row<typename Math::Type>(tile, static_cast<int32_t>(token), zeros, -kInfinity);
+    __builtin_memset(row, 0, sizeof(row));
+    write_row<typename Math::Type>(tile, static_cast<int32_t>(token), row, -kInfinity);
   }
 }

@@ -18,7 +18,16 @@ PERMATTN_INLINE VecF load(const float* p) { return *reinterpret_cast<const VecF*
 PERMATTN_INLINE VecF load_unaligned(const float* p) { return *reinterpret_cast<const VecFU*>(p); }
 PERMATTN_INLINE void store(float* p, VecF x) { *reinterpret_cast<VecF*>(p) = x; }
 PERMATTN_INLINE void store_unaligned(float* p, VecF x) { *reinterpret_cast<VecFU*>(p) = x; }
-PERMATTN_INLINE VecF splat(float x) { return VecF{} + x; }
+// Not `VecF{} + x`: A of a bf16 product is a pair of numbers, whose bits an addition would change.
+PERMATTN_INLINE VecF splat(float x) {
+#if PERMATTN_WIDTH == 16
+  return reinterpret_cast<VecF>(_mm512_set1_ps(x));
+#elif PERMATTN_WIDTH == 8
+  return reinterpret_cast<VecF>(_mm256_set1_ps(x));
+#else
+  return VecF{x, x, x, x};
+#endif
+}
 PERMATTN_INLINE VecI as_int(VecF x) { return reinterpret_cast<VecI>(x); }
 PERMATTN_INLINE VecF as_float(VecI x) { return reinterpret_cast<VecF>(x); }
 
