@@ -6,8 +6,8 @@ compiler, no torch, Windows), the install goes on and `permattn/_native_build.js
 
 Environment:
     CXX: the compiler (default: g++, then clang++).
-    PERMATTN_CUDA_ARCHS: e.g. "80 90a 120a"; empty switches CUDA off. Used where csrc/cuda has sources
-        and nvcc is found.
+    PERMATTN_CUDA_ARCHS: e.g. "80 90a 120a"; empty switches CUDA off. Used where csrc/cuda has
+        sources and nvcc is found.
 """
 
 import json
@@ -103,8 +103,8 @@ def compile_commands(torch: Path, objects: Path, compiler: str) -> dict[Path, li
         for source in cuda_sources():
             target = objects / (source.relative_to(CSRC).as_posix().replace("/", "_") + ".o")
             commands[target] = [
-                *(nvcc, "-std=c++20", "-O3", "-DUSE_CUDA", STABLE_ABI, "-I", str(torch / "include")),
-                *("-Xcompiler", "-fPIC,-fvisibility=hidden", *codes),
+                *(nvcc, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *codes),
+                *("-DUSE_CUDA", STABLE_ABI, "-I", str(torch / "include")),
                 *("-c", str(source), "-o", str(target)),
             ]
     return commands

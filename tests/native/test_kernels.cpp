@@ -1,0 +1,100 @@
+// The kernels without torch or Python: every instruction set of this machine, in float32, against
+// sums in double. One causal part with ragged lengths. Prints what it checked; exit code 1 on failure.
+#include "../../csrc/common/token_rule.h"
+#include "../../csrc/cpu/cpu.h"
+
+#include <cmath>
+#include <cstdio>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using namespace permattn;
+
+constexpr int64_t kQueries = 70, kKeys = 90, kDim = 40, kDimV = 24, kBlock = 16;
+
+void run_on_threads(int64_t num_workers, void (*body)(void*, int64_t), void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < num_workers; ++i) threads.emplace_back(body, context, i);
+  for (std::thread& thread : threads) thread.join();
+}
+
+// A fixed sequence in [-1, 1].
+std::vector<float> numbers(int64_t count, uint32_t seed) {
+  std::vector<float> x(count);
+  for (float& value : x) {
+    seed = seed * 1664525U + 1013904223U;
+    value = static_cast<float>(seed >> 8) / static_cast<float>(1 << 23) - 1.0F;
+  }
+  return x;
+}
+
+std::vector<int32_t> ascending(int64_t count) {
+  std::vector<int32_t> x(count);
+  for (int64_t i = 0; i < count; ++i) x[i] = static_cast<int32_t>(i);
+  return x;
+}
+
+IntView view(const std::vector<int32_t>& x) {
+  return {x.data(), 0, 0, static_cast<int64_t>(x.size())};
+}
+
+double worst_error(Isa isa) {
+  const std::vector<float> q = numbers(kQueries * kDim, 1), k = numbers(kKeys * kDim, 2),
+                           v = numbers(kKeys * kDimV, 3);
+  const std::vector<int32_t> q_tokens = ascending(kQueries), kv_tokens = ascending(kKeys);
+  constexpr int64_t kRows = (kQueries + kBlock - 1) / kBlock, kCols = (kKeys + kBlock - 1) / kBlock;
+  std::vector<int32_t> indices, offsets{0};
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int32_t col = 0; col < kCols; ++col) indices.push_back(col);
+    offsets.push_back(static_cast<int32_t>(indices.size()));
+  }
+  const std::vector<int32_t> num_full(kRows, 0);
+  PlanPart part{};
+  part.q_perm = {view(q_tokens), view(q_tokens)};
+  part.kv_perm = {view(kv_tokens), view(kv_tokens)};
+  part.index = {view(indices), view(offsets), view(num_full), kBlock, kBlock};
+  part.band = band_of(true, 0, false, 0);
+  std::vector<float> out(kQueries * kDimV, NAN), lse(kQueries, NAN);
+  FwdParams params{};
+  params.problem = {Dtype::kFloat32, 1, 1, 1, kQueries, kKeys, kDim, kDimV, 0.5F, &part, 1};
+  params.q = {const_cast<float*>(q.data()), 0, 0, kDim};
+  params.k = {const_cast<float*>(k.data()), 0, 0, kDim};
+  params.v = {const_cast<float*>(v.data()), 0, 0, kDimV};
+  params.out = {out.data(), 0, 0, kDimV};
+  params.lse = lse.data();
+  cpu::forward(params, isa, {2, run_on_threads});
+  double worst = 0.0;
+  for (int64_t i = 0; i < kQueries; ++i) {
+    std::vector<double> row(kDimV, 0.0);
+    double total = 0.0;
+    for (int64_t j = 0; j <= i; ++j) {
+      double score = 0.0;
+      for (int64_t d = 0; d < kDim; ++d) score += double{q[i * kDim + d]} * k[j * kDim + d];
+      const double weight = std::exp(0.5 * score);
+      total += weight;
+      for (int64_t d = 0; d < kDimV; ++d) row[d] += weight * v[j * kDimV + d];
+    }
+    worst = std::fmax(worst, std::fabs(lse[i] - std::log(total)));
+    for (int64_t d = 0; d < kDimV; ++d) {
+      const double error = std::fabs(out[i * kDimV + d] - row[d] / total);
+      worst = error <= worst ? worst : error;  // NaN wins
+    }
+  }
+  return worst;
+}
+
+}  // namespace
+
+int main() {
+  bool good = true;
+  for (int32_t i = 0; i < kNumIsas; ++i) {
+    const auto isa = static_cast<Isa>(i);
+    if (!cpu::isa_is_available(isa)) continue;
+    const double error = worst_error(isa);
+    std::printf("%-12s error %.1e\n", isa_name(isa), error);
+    good = good && error < 4e-6;
+  }
+  return good ? 0 : 1;
+}
