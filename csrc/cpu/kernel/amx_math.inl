@@ -112,21 +112,24 @@ PERMATTN_INLINE void tile_gemm(TileProduct p, int64_t row_blocks) {
 struct AmxMath : Bf16Math<kTile> {
   using Base = Bf16Math<kTile>;
 
-  // V^T as tiles: [32 rows][16 columns] of V become [column][pair of rows]; zeros past both ends.
+  // Columns [d, d + 16) of streamed row i in the low halves of the lanes; zeros past both ends.
+  PERMATTN_INLINE __m512i load_columns(const RowsOf<Storage>& rows, const int32_t* token, int i,
+                                       int count, int64_t d, int64_t dim) {
+    if (i >= count) return _mm512_setzero_si512();
+    const int64_t left = dim - d;
+    const auto mask = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[token[i]] + d));
+  }
+
+  // V^T as tiles: [32 rows][16 columns] of V become [column][pair of rows].
   PERMATTN_INLINE void pack_columns(const RowsOf<Storage>& rows, const int32_t* token, int count,
                                     int64_t dim, int64_t, float* a) {
-    const auto load_row = [&](int i, int64_t d) __attribute__((always_inline)) {
-      if (i >= count) return _mm512_setzero_si512();
-      const int64_t left = dim - d;
-      const auto mask = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
-      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[token[i]] + d));
-    };
     for (int first = 0; first < count; first += 2 * kTile) {
       for (int64_t d = 0; d < dim; d += kTile, a += kTileFloats) {
         VecF r[kTile];
         for (int j = 0; j < kTile; ++j) {
-          const __m512i even = load_row(first + 2 * j, d);
-          const __m512i odd = load_row(first + 2 * j + 1, d);
+          const __m512i even = load_columns(rows, token, first + 2 * j, count, d, dim);
+          const __m512i odd = load_columns(rows, token, first + 2 * j + 1, count, d, dim);
           r[j] = reinterpret_cast<VecF>(_mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
         }
         transpose(r);
