@@ -38,7 +38,6 @@ def delta_kernel(
     p_delta,
     out_strides,
     dout_strides,
-    dlse_strides,
     num_q_heads,
     num_q_tokens,
     num_tiles,
@@ -55,12 +54,12 @@ def delta_kernel(
     m_token = b_token < num_q_tokens
     p_out = head_base(p_out, i_b, i_h, out_strides)
     p_dout = head_base(p_dout, i_b, i_h, dout_strides)
-    p_dlse = head_base(p_dlse, i_b, i_h, dlse_strides)
+    o_row = i_head.to(tl.int64) * num_q_tokens
     b_out = load_rows(p_out, b_token, m_token, out_strides[2], DV, BLOCK_DV).to(tl.float32)
     b_dout = load_rows(p_dout, b_token, m_token, dout_strides[2], DV, BLOCK_DV).to(tl.float32)
-    b_dlse = tl.load(p_dlse + b_token.to(tl.int64) * dlse_strides[2], mask=m_token, other=0.0)
+    b_dlse = tl.load(p_dlse + o_row + b_token, mask=m_token, other=0.0)
     b_delta = tl.sum(b_out * b_dout, 1) - b_dlse
-    tl.store(p_delta + i_head.to(tl.int64) * num_q_tokens + b_token, b_delta, mask=m_token)
+    tl.store(p_delta + o_row + b_token, b_delta, mask=m_token)
 
 
 @triton.jit

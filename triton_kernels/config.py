@@ -19,38 +19,96 @@ class Config:
         block_m: rows that stay (queries; keys in dkdv).
         block_n: columns that stream past (keys; queries in dkdv).
         num_warps, num_stages: Triton's launch options.
+        max_registers: per thread, told to the assembler; without a word it spills a few values
+            where one block more would fit on a multiprocessor. None = say nothing.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
-# (kernel, bytes per element, padded head dim) -> config for wide pattern blocks. Chosen so that no
-# architecture spills and the smallest shared memory (99 KB of sm_86, 89 and 120) holds them.
-_TABLE: dict[tuple[Kernel, int, int], Config] = {
-    ("fwd", 2, 64): Config(128, 64, 4, 3),
-    ("fwd", 2, 128): Config(128, 64, 8, 2),
-    ("fwd", 2, 256): Config(64, 32, 4, 2),
-    ("fwd", 4, 64): Config(32, 32, 4, 1),
-    ("fwd", 4, 128): Config(32, 32, 4, 1),
-    ("fwd", 4, 256): Config(16, 16, 4, 1),
-    ("dq", 2, 64): Config(64, 64, 4, 2),
-    ("dq", 2, 128): Config(64, 32, 4, 2),
-    ("dq", 2, 256): Config(32, 32, 8, 1),
-    ("dq", 4, 64): Config(32, 32, 4, 1),
-    ("dq", 4, 128): Config(16, 16, 4, 1),
-    ("dq", 4, 256): Config(16, 16, 4, 1),
-    ("dkdv", 2, 64): Config(64, 64, 4, 2),
-    ("dkdv", 2, 128): Config(64, 32, 8, 2),
-    ("dkdv", 2, 256): Config(32, 32, 8, 1),
-    ("dkdv", 4, 64): Config(32, 32, 4, 1),
-    ("dkdv", 4, 128): Config(16, 16, 4, 1),
-    ("dkdv", 4, 256): Config(16, 16, 4, 1),
-}
+# Architectures whose instructions and shared memory differ: the least capability of each.
+FAMILIES = (120, 100, 90, 80)
 MAX_HEAD_DIM = 256
 MIN_TILE = 16
+
+# (kernel, padded head dim) -> family -> tiles for 16-bit types and wide pattern blocks. Every entry
+# compiles without spills in the heaviest variant (rows gathered by index, a band of two ends);
+# tests/triton/aot holds the evidence.
+_WIDE: dict[tuple[Kernel, int], dict[int, Config]] = {
+    ("fwd", 64): {
+        80: Config(128, 64, 8, 3),
+        90: Config(128, 64, 8, 3),
+        100: Config(128, 64, 8, 3),
+        120: Config(128, 64, 8, 2),
+    },
+    ("fwd", 128): {
+        80: Config(128, 32, 8, 2),
+        90: Config(128, 64, 8, 2),
+        100: Config(128, 64, 8, 2),
+        120: Config(64, 32, 4, 2),
+    },
+    ("fwd", 256): dict.fromkeys(FAMILIES, Config(64, 32, 8, 2)),
+    ("dq", 64): {
+        80: Config(64, 32, 4, 2),
+        90: Config(64, 64, 8, 2),
+        100: Config(64, 64, 4, 2),
+        120: Config(64, 32, 8, 2),
+    },
+    ("dq", 128): {
+        80: Config(64, 64, 8, 2),
+        90: Config(64, 32, 4, 2),
+        100: Config(64, 64, 8, 2),
+        120: Config(64, 64, 8, 2),
+    },
+    ("dq", 256): dict.fromkeys(FAMILIES, Config(32, 32, 8, 1)),
+    ("dkdv", 64): {
+        80: Config(32, 64, 4, 2, 255),
+        90: Config(64, 64, 8, 2),
+        100: Config(64, 64, 8, 2),
+        120: Config(64, 32, 4, 2),
+    },
+    ("dkdv", 128): {
+        80: Config(64, 32, 8, 2),
+        90: Config(64, 32, 8, 2),
+        100: Config(64, 16, 8, 2),
+        120: Config(64, 64, 8, 2),
+    },
+    ("dkdv", 256): dict.fromkeys(FAMILIES, Config(32, 32, 8, 2)),
+}
+# Gathered rows and blocks smaller than a tile need registers for addresses.
+_GATHERED: dict[tuple[Kernel, int, int], Config] = {
+    ("fwd", 64, 120): Config(128, 32, 8, 2),
+    ("fwd", 128, 90): Config(128, 32, 8, 2),
+}
+# float32 runs on the ordinary cores, where a tile lives in registers; the same everywhere. A head
+# dim above 128 spills whatever the tile: right, and slow.
+_SINGLE: dict[tuple[Kernel, int], Config] = {
+    ("fwd", 64): Config(32, 32, 8, 1, 255),
+    ("fwd", 128): Config(16, 16, 8, 1),
+    ("fwd", 256): Config(16, 16, 8, 1),
+    ("dq", 64): Config(16, 32, 8, 1),
+    ("dq", 128): Config(16, 16, 8, 1),
+    ("dq", 256): Config(16, 16, 8, 1),
+    ("dkdv", 64): Config(32, 32, 8, 1, 255),
+    ("dkdv", 128): Config(16, 16, 8, 1, 255),
+    ("dkdv", 256): Config(16, 16, 8, 1, 255),
+}
+# (kernel, padded head dim) -> block_n and stages for tiles of fewer rows than the wide ones.
+_NARROW: dict[tuple[Kernel, int], tuple[int, int]] = {
+    ("fwd", 64): (64, 2),
+    ("fwd", 128): (64, 2),
+    ("fwd", 256): (32, 2),
+    ("dq", 64): (64, 2),
+    ("dq", 128): (32, 2),
+    ("dq", 256): (32, 2),
+    ("dkdv", 64): (32, 2),
+    ("dkdv", 128): (32, 2),
+    ("dkdv", 256): (32, 1),
+}
 
 
 def next_power_of_2(n: int) -> int:
@@ -62,19 +120,36 @@ def padded_head_dim(head_dim: int) -> int:
     return max(MIN_TILE, next_power_of_2(head_dim))
 
 
+def family_of(capability: int) -> int:
+    """The family of a compute capability (major * 10 + minor); the oldest one for older devices."""
+    return next((f for f in FAMILIES if capability >= f), FAMILIES[-1])
+
+
 def select_config(
-    kernel: Kernel, *, element_size: int, head_dim: int, head_dim_v: int, unit: int
+    kernel: Kernel,
+    *,
+    capability: int,
+    element_size: int,
+    head_dim: int,
+    head_dim_v: int,
+    unit: int,
+    gathered: bool,
 ) -> Config:
     """Tiles, warps and stages of a kernel.
 
     Args:
         kernel: "fwd", "dq" or "dkdv".
+        capability: compute capability, major * 10 + minor.
         element_size: bytes per element of q, k and v: 2 or 4.
         head_dim, head_dim_v: D and Dv, 1..256.
         unit: slots of the staying side that share one list (block_q; block_kv in dkdv): a tile is
             never larger than the power of two that holds it.
+        gathered: rows of the streaming side are looked up, or its blocks are smaller than a tile.
 
-    Returns: a Config whose block_m is a power of two >= 16, the least a matrix instruction takes.
+    Returns: a Config whose block_m and block_n are powers of two >= 16.
+
+    Raises:
+        ValueError: an element size or head dim that no kernel takes.
     """
     if element_size not in (2, 4) or not 1 <= max(head_dim, head_dim_v) <= MAX_HEAD_DIM:
         raise ValueError(
@@ -82,8 +157,16 @@ def select_config(
             f"got {element_size} bytes, D = {head_dim}, Dv = {head_dim_v}"
         )
     width = max(64, padded_head_dim(max(head_dim, head_dim_v)))
-    wide = _TABLE[kernel, element_size, width]
-    block_m = min(wide.block_m, max(MIN_TILE, next_power_of_2(unit)))
-    # With few rows the warps split the columns, which costs more than it gives.
-    num_warps = wide.num_warps if block_m == wide.block_m else min(wide.num_warps, 4)
-    return Config(block_m, wide.block_n, num_warps, wide.num_stages)
+    rows = max(MIN_TILE, next_power_of_2(unit))
+    if element_size == 4:
+        wide = _SINGLE[kernel, width]
+        rows = min(rows, wide.block_m)
+        return Config(rows, wide.block_n, wide.num_warps, wide.num_stages, wide.max_registers)
+    family = family_of(capability)
+    wide = _WIDE[kernel, width][family]
+    if gathered:
+        wide = _GATHERED.get((kernel, width, family), wide)
+    if rows >= wide.block_m:
+        return wide
+    block_n, num_stages = _NARROW[kernel, width]
+    return Config(rows, block_n, 4, num_stages, 255)

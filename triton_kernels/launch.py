@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from permattn.triton_kernels.bwd import delta_kernel, dq_kernel
 from permattn.triton_kernels.bwd_dkdv import dkdv_kernel
-from permattn.triton_kernels.config import padded_head_dim, select_config
+from permattn.triton_kernels.config import Config, Kernel, padded_head_dim, select_config
 from permattn.triton_kernels.fwd import finish_kernel, fwd_kernel
 from torch import Tensor
 
@@ -17,9 +17,11 @@ LOG2E = 1.4426950408889634
 # Lengths stay below it, so that twice a lag fits 32 bits.
 LAG_LIMIT = 2**30
 # Rows per program of the kernels that touch every token once.
-ROW_TILE = 64
+ROW_TILE = 32
 # Parts of one launch: each adds two loops to the kernel's code.
 MAX_FUSED_PARTS = 4
+# Blocks of a multiple of this many slots are never split between lanes of one tile.
+WHOLE_BLOCK = 64
 # A smaller common unit would leave rows of the tile idle; then parts are launched one by one.
 MIN_FUSED_UNIT = 64
 
@@ -94,6 +96,39 @@ def ceil_div(a: int, b: int) -> int:
 def num_tiles_of(num_slots: int, unit: int, tile: int) -> int:
     """Tiles that cover all slots when none crosses a unit (see `tile_slots`)."""
     return ceil_div(num_slots, unit) * ceil_div(unit, tile)
+
+
+def capability_of(device: torch.device) -> int:
+    """Compute capability as major * 10 + minor; that of the oldest family for the interpreter."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def config_of(kernel: Kernel, q: Tensor, v: Tensor, run: Sequence[Part], unit: int) -> Config:
+    """The config of a launch over the parts of `run`."""
+    if kernel == "dkdv":
+        gathered = any(not p.q_identity or p.block_q % WHOLE_BLOCK for p in run)
+    else:
+        gathered = any(not p.kv_identity or p.block_kv % WHOLE_BLOCK for p in run)
+    return select_config(
+        kernel,
+        capability=capability_of(q.device),
+        element_size=q.element_size(),
+        head_dim=q.shape[3],
+        head_dim_v=v.shape[3],
+        unit=unit,
+        gathered=gathered,
+    )
+
+
+def launch_options(config: Config) -> dict[str, int]:
+    """Triton's own keywords."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
+    return options
 
 
 def fused_runs(parts: Sequence[Part]) -> list[list[Part]]:
@@ -213,13 +248,7 @@ def _launch_run(
 ) -> None:
     batch, heads, num_q_tokens, head_dim = q.shape
     unit = math.gcd(*(p.block_q for p in run))
-    config = select_config(
-        "fwd",
-        element_size=q.element_size(),
-        head_dim=head_dim,
-        head_dim_v=v.shape[3],
-        unit=unit,
-    )
+    config = config_of("fwd", q, v, run, unit)
     num_q_slots = run[0].q_token.shape[-1]
     num_tiles = num_tiles_of(num_q_slots, unit, config.block_m)
     if num_tiles == 0:
@@ -258,8 +287,7 @@ def _launch_run(
         BLOCK_N=config.block_n,
         BLOCK_D=padded_head_dim(head_dim),
         BLOCK_DV=padded_head_dim(v.shape[3]),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **launch_options(config),
     )
 
 
@@ -272,11 +300,10 @@ def launch_delta(out: Tensor, dout: Tensor, dlse: Tensor) -> Tensor:
         delta_kernel[(num_tiles * batch * heads,)](
             out,
             dout,
-            dlse,
+            dlse.contiguous(),
             delta,
             strides(out),
             strides(dout),
-            dlse.stride(),
             heads,
             num_q_tokens,
             num_tiles,
@@ -307,13 +334,7 @@ def _launch_dq_run(g: Gradient, dq: Tensor, run: Sequence[Part], carry: bool) ->
     batch, heads, num_q_tokens, head_dim = g.q.shape
     head_dim_v = g.v.shape[3]
     unit = math.gcd(*(p.block_q for p in run))
-    config = select_config(
-        "dq",
-        element_size=g.q.element_size(),
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        unit=unit,
-    )
+    config = config_of("dq", g.q, g.v, run, unit)
     num_q_slots = run[0].q_token.shape[-1]
     num_tiles = num_tiles_of(num_q_slots, unit, config.block_m)
     if num_tiles == 0:
@@ -355,8 +376,7 @@ def _launch_dq_run(g: Gradient, dq: Tensor, run: Sequence[Part], carry: bool) ->
         BLOCK_N=config.block_n,
         BLOCK_D=padded_head_dim(head_dim),
         BLOCK_DV=padded_head_dim(head_dim_v),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **launch_options(config),
     )
 
 
@@ -398,13 +418,7 @@ def _launch_dkdv_part(
 ) -> None:
     batch, num_kv_heads, num_kv_tokens, head_dim = g.k.shape
     head_dim_v = g.v.shape[3]
-    config = select_config(
-        "dkdv",
-        element_size=g.k.element_size(),
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        unit=part.block_kv,
-    )
+    config = config_of("dkdv", g.q, g.v, [part], part.block_kv)
     num_kv_slots = part.kv_token.shape[-1]
     num_tiles = num_tiles_of(num_kv_slots, part.block_kv, config.block_m)
     if num_tiles == 0:
@@ -451,6 +465,5 @@ def _launch_dkdv_part(
         BLOCK_N=config.block_n,
         BLOCK_D=padded_head_dim(head_dim),
         BLOCK_DV=padded_head_dim(head_dim_v),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **launch_options(config),
     )

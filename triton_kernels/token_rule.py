@@ -170,16 +170,23 @@ def store_rows(p_base, b_token, m_row, stride, b_value, D: tl.constexpr, BLOCK_D
 def dot_rows(b_x, b_y):
     """b_x b_y^T in float32.
 
-    Without matrix instructions (float32 in full precision) a thread keeps whole rows of both sides in
-    registers: wide rows are cut into pieces that fit, and the products of the pieces added.
+    Without matrix instructions (float32 in full precision) a thread keeps whole rows of both sides
+    in registers: wide rows are cut into pieces that fit, and the products of the pieces added.
     """
     PIECE: tl.constexpr = 64
     WIDTH: tl.constexpr = b_x.shape[1]
-    if b_x.dtype == tl.float32 and WIDTH > PIECE:
-        b_x = tl.permute(tl.reshape(b_x, (b_x.shape[0], WIDTH // PIECE, PIECE)), (1, 0, 2))
-        b_y = tl.permute(tl.reshape(b_y, (b_y.shape[0], WIDTH // PIECE, PIECE)), (1, 2, 0))
-        return tl.sum(tl.dot(b_x, b_y, input_precision="ieee"), 0)
-    return tl.dot(b_x, tl.trans(b_y), input_precision="ieee")
+    if b_x.dtype == tl.float32 and WIDTH > 2 * PIECE:
+        b_x_pieces = tl.reshape(b_x, (b_x.shape[0], WIDTH // PIECE, PIECE))
+        b_y_pieces = tl.reshape(b_y, (b_y.shape[0], WIDTH // PIECE, PIECE))
+        b_products = tl.dot(
+            tl.permute(b_x_pieces, (1, 0, 2)),
+            tl.permute(b_y_pieces, (1, 2, 0)),
+            input_precision="ieee",
+        )
+        b_dot = tl.sum(b_products, 0)
+    else:
+        b_dot = tl.dot(b_x, tl.trans(b_y), input_precision="ieee")
+    return b_dot
 
 
 @triton.jit

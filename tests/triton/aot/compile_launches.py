@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import re
@@ -26,14 +27,12 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
-from launch_cases import CASES, Case
+from launch_cases import CASES, EVERY, Case
+from permattn.triton_kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-# Bytes of shared memory that one block may use.
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-ARCHITECTURES = tuple(SHARED_LIMIT)
 
 
 class StandInDriver:
@@ -52,15 +51,18 @@ class StandInDriver:
         return 0
 
 
-def compile_case(case: Case, arch: int) -> list[dict[str, Any]]:
-    """One row per launch of the case: kernel, registers, stack, shared memory, matrix opcodes."""
+def launched(case: Case, arch: int) -> list[tuple[str, list[int], Any]]:
+    """(name, tile, compiled kernel) of every launch of a case that compiles to something new."""
     triton.runtime.driver.set_active(StandInDriver(arch))
-    compiled = []
+    launch.capability_of = lambda device: arch
+    compiled: list[tuple[str, list[int], Any]] = []
     original = JITFunction.run
 
     def run(self, *args, grid, warmup, **options):
         kernel = original(self, *args, grid=grid, warmup=True, **options)
-        compiled.append((self.fn.__name__, kernel))
+        if not any(kernel is known for *_, known in compiled):
+            tile = [options["BLOCK_M"], options.get("BLOCK_N", 0)]
+            compiled.append((self.fn.__name__, tile, kernel))
         return kernel
 
     JITFunction.run = run
@@ -68,11 +70,32 @@ def compile_case(case: Case, arch: int) -> list[dict[str, Any]]:
         case.launch()
     finally:
         JITFunction.run = original
+    return compiled
+
+
+def compile_case(case: Case, arch: int) -> list[dict[str, Any]]:
+    """One row per kernel of the case: tile, registers, stack, shared memory, matrix opcodes."""
     return [
-        {"case": case.name, "arch": arch, "kernel": name, **read_machine_code(kernel)}
-        for name, kernel in compiled
-        if name in case.kernels
+        {
+            "case": case.name,
+            "arch": arch,
+            "kernel": name,
+            "number": number,
+            "tile": tile,
+            **read_machine_code(kernel),
+        }
+        for number, (name, tile, kernel) in enumerate(launched(case, arch))
     ]
+
+
+def kernels_of_lengths(lengths: list[int]) -> dict[str, int]:
+    """How many different kernels one case compiles to over all lengths, by name."""
+    kernels = collections.defaultdict(set)
+    for length, way in itertools.product(lengths, ("fwd", "bwd")):
+        case = Case(way, "dense", torch.bfloat16, 64, 64, (90,), length)
+        for name, _, kernel in launched(case, 90):
+            kernels[name].add(id(kernel))
+    return {name: len(found) for name, found in kernels.items()}
 
 
 def read_machine_code(kernel: Any) -> dict[str, Any]:
@@ -104,12 +127,17 @@ def _tool(name: str, *args: str) -> str:
 def main() -> None:
     """Prints one JSON row per line for the wanted architectures and cases."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--arch", type=int, nargs="+", default=EVERY)
     parser.add_argument("--case", default="", help="regular expression on case names")
     parser.add_argument("--share", default="0/1", help="i/n: every n-th job, from the i-th")
+    parser.add_argument("--lengths", type=int, nargs="+", help="count kernels over lengths instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    jobs = [(c, a) for c in CASES for a in args.arch if re.search(args.case, c.name)]
+    if args.lengths:
+        print(json.dumps(kernels_of_lengths(args.lengths)))
+        return
+    named = [c for c in CASES if re.search(args.case, c.name)]
+    jobs = [(c, a) for c in named for a in c.archs if a in args.arch]
     first, step = map(int, args.share.split("/"))
     for case, arch in jobs[first::step]:
         for row in compile_case(case, arch):

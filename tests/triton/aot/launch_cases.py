@@ -9,85 +9,84 @@ from permattn.core import AttnPlan, TokenBand
 from permattn.patterns.dense import plan_dense
 from permattn.testing import random_plan, split_plan
 
+TOKENS = 256
+HEADS, KV_HEADS = 4, 2
+EVERY = (80, 86, 89, 90, 100, 120)
+SAMPLE = (80, 90, 120)
+BRAIN, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
+
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a launcher.
+    """One call of the backend. No length enters the compiled code, so a short one will do.
 
     Args:
-        kernels: the kernels whose code is of interest (a call may launch others beside them).
-        plan: "dense" (one causal part in token order), "gather" (permuted, blocks smaller than
-            tiles, a band with two ends) or "parts" (three parts in two orders, state carried in
-            memory).
+        direction: "fwd" or "bwd".
+        plan: see `make_plan`.
+        archs: the architectures that it is compiled for.
     """
 
-    kernels: tuple[str, ...]
+    direction: str
     plan: str
     dtype: torch.dtype
     head_dim: int
     head_dim_v: int
+    archs: tuple[int, ...]
+    tokens: int = TOKENS
 
     @property
     def name(self) -> str:
         dims = f"d{self.head_dim}"
         if self.head_dim_v != self.head_dim:
             dims += f"v{self.head_dim_v}"
-        kind = "fwd" if "fwd_kernel" in self.kernels else "bwd"
-        return f"{kind}-{self.plan}-{str(self.dtype).removeprefix('torch.')}-{dims}"
+        return f"{self.direction}-{self.plan}-{str(self.dtype).removeprefix('torch.')}-{dims}"
 
     def launch(self) -> None:
         from permattn.backends.triton import backward_kernels, forward_kernels
         from permattn.core.problem import BwdArgs, FwdArgs
 
-        # A head of 64 tokens keeps this quick: no length enters the compiled code.
-        q, k, v, out = (
-            torch.zeros(2, heads, 256, dim, dtype=self.dtype)
-            for heads, dim in (
-                (4, self.head_dim),
-                (2, self.head_dim),
-                (2, self.head_dim_v),
-                (4, self.head_dim_v),
-            )
-        )
-        lse = torch.zeros(2, 4, 256)
-        plan = make_plan(self.plan)
-        if "fwd_kernel" in self.kernels:
+        def zeros(heads: int, *dims: int) -> torch.Tensor:
+            return torch.zeros(2, heads, self.tokens, *dims, dtype=self.dtype)
+
+        q, out = zeros(HEADS, self.head_dim), zeros(HEADS, self.head_dim_v)
+        k, v = zeros(KV_HEADS, self.head_dim), zeros(KV_HEADS, self.head_dim_v)
+        lse = torch.zeros(2, HEADS, self.tokens)
+        plan = make_plan(self.plan, self.tokens)
+        if self.direction == "fwd":
             forward_kernels(FwdArgs(q, k, v, plan, 0.125), out, lse)
         else:
             backward_kernels(BwdArgs(q, k, v, out, lse, out, lse, plan, 0.125))
 
 
-def make_plan(kind: str) -> AttnPlan:
+def make_plan(kind: str, tokens: int) -> AttnPlan:
+    """A plan of one kind.
+
+    Args:
+        kind: "dense" = causal, token order; "gather" = permuted, a band of two ends; "small" =
+            permuted blocks of 16; "parts" = three parts in two query orders, so that state and
+            gradients go through memory.
+    """
     if kind == "dense":
-        return plan_dense(256, 256, causal=True)
-    if kind == "gather":
-        band = TokenBand(0, 100)
-        return random_plan(
-            256, 256, batch=2, heads=4, block_q=128, block_kv=16, band=band, permuted=True
-        )
-    return split_plan(256, 256, batch=2, heads=4)
-
-
-FORWARD = ("fwd_kernel",)
-BACKWARD = ("dq_kernel", "dkdv_kernel")
+        return plan_dense(tokens, tokens, causal=True)
+    if kind == "parts":
+        return split_plan(tokens, tokens, heads=HEADS)
+    block = 128 if kind == "gather" else 16
+    band = TokenBand(0, 100) if kind == "gather" else TokenBand(0)
+    return random_plan(tokens, tokens, block_q=block, block_kv=block, band=band, permuted=True)
 
 
 def _cases() -> tuple[Case, ...]:
-    half, brain, single = torch.float16, torch.bfloat16, torch.float32
     cases = []
-    for kernels in (FORWARD, BACKWARD):
+    for way in ("fwd", "bwd"):
         for dim in (64, 128):
-            cases += [Case(kernels, plan, brain, dim, dim) for plan in ("dense", "gather", "parts")]
             cases += [
-                Case(kernels, "dense", half, dim, dim),
-                Case(kernels, "gather", single, dim, dim),
+                Case(way, plan, BRAIN, dim, dim, EVERY) for plan in ("dense", "gather", "small")
             ]
-        for dim, dim_v in ((16, 16), (80, 80), (128, 64), (256, 256)):
-            cases.append(Case(kernels, "gather", brain, dim, dim_v))
-        cases.append(Case(kernels, "dense", brain, 256, 256))
-        cases.append(Case(kernels, "gather", single, 256, 256))
-    cases.append(Case(("fwd_kernel", "finish_kernel"), "parts", half, 96, 96))
-    cases.append(Case(("dq_kernel", "dkdv_kernel", "delta_kernel"), "parts", half, 96, 96))
+        sampled = [("parts", BRAIN, 128, 128), ("dense", HALF, 128, 128)]
+        sampled += [("gather", SINGLE, dim, dim) for dim in (64, 128, 256)]
+        sampled += [("gather", BRAIN, *dims) for dims in ((16, 16), (80, 80), (128, 64))]
+        sampled += [(plan, BRAIN, 256, 256) for plan in ("gather", "small")]
+        cases += [Case(way, *facts, SAMPLE) for facts in sampled]
     return tuple(cases)
 
 

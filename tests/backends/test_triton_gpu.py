@@ -1,0 +1,138 @@
+"""The Triton kernels on a real GPU; skips, and says so, where there is none."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from permattn import sparse_attention, sparse_attention_with_lse
+from permattn.patterns.dense import plan_dense
+from permattn.testing import assert_within, poison_unseen, random_plan, split_plan, visible_pairs
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "triton"))
+cases = importlib.import_module("kernel_cases")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Plain torch must not use TF32 where it stands for float32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g).to(dtype).cuda()
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_forward_and_gradients_are_within_the_bound(case):
+    cases.check_case(case, "cuda")
+
+
+LONG = {
+    "dense-causal": lambda: plan_dense(2000, 2000, causal=True),
+    "random-blocks": lambda: random_plan(2000, 2100, heads=4, density=0.3, block_kv=128),
+    "permuted": lambda: random_plan(1500, 1500, heads=4, density=0.3, permuted=True, holes=9),
+    "three-parts": lambda: split_plan(1500, 1600, heads=4, window=200),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).removeprefix("torch."))
+@pytest.mark.parametrize("dim", [64, 128], ids=lambda d: f"d{d}")
+@pytest.mark.parametrize("plan", LONG.values(), ids=list(LONG))
+def test_long_inputs_agree_with_the_reference(plan, dim, dtype):
+    plan = plan().to("cuda")
+    q = randn(1, 4, plan.num_q_tokens, dim, dtype=dtype)
+    k, v = (randn(1, 2, plan.num_kv_tokens, dim, dtype=dtype, seed=i) for i in (1, 2))
+    dout = randn(1, 4, plan.num_q_tokens, dim, dtype=dtype, seed=3)
+    dlse = torch.zeros(q.shape[:3], device="cuda")
+    tensors = [q, k, v, dout, dlse]
+    ours = cases.run_kernels(plan, tensors, dim**-0.5)
+    wide = [x.double() for x in tensors]
+    exact = cases.run_kernels(plan, wide, dim**-0.5, "reference")
+    plain, _ = cases.expected(plan.to("cpu"), tensors, dim**-0.5)
+    for name, value in ours.items():
+        assert_within(value, plain[name], exact[name], name)
+
+
+def test_what_no_query_sees_never_reaches_a_result():
+    plan = random_plan(500, 500, heads=2, density=0.1, permuted=True, band=cases.WINDOW)
+    seen = (visible_pairs(plan, 1, 2).amax((1, 2))[:, None] > 0).cuda()
+    plan = plan.to("cuda")
+    q, k, v = (randn(1, h, 500, 64, dtype=torch.bfloat16, seed=h) for h in (2, 1, 1))
+    tensors = [q, k, v, torch.randn_like(q), torch.zeros(q.shape[:3], device="cuda")]
+    clean = cases.run_kernels(plan, tensors, 0.1)
+    tensors[1:3] = [poison_unseen(k, seen), poison_unseen(v, seen)]
+    dirty = cases.run_kernels(plan, tensors, 0.1)
+    for name, value in clean.items():
+        assert torch.equal(value, dirty[name]), name
+
+
+def test_two_runs_are_bit_identical():
+    plan = split_plan(1000, 1000, heads=4).to("cuda")
+    q, k, v = (randn(2, h, 1000, 64, dtype=torch.bfloat16, seed=h) for h in (4, 2, 2))
+    tensors = [q, k, v, torch.randn_like(q), torch.zeros(q.shape[:3], device="cuda")]
+    first, second = (cases.run_kernels(plan, tensors, 0.1) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [plan_dense(512, 512, causal=True), split_plan(512, 512, heads=4)],
+    ids=["one-launch", "several-launches"],
+)
+def test_forward_is_captured_in_a_graph(plan):
+    plan = plan.to("cuda")
+    q, k, v = (randn(1, h, 512, 64, dtype=torch.bfloat16, seed=h) for h in (4, 2, 2))
+    sparse_attention(q, k, v, plan, backend="triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = sparse_attention_with_lse(q, k, v, plan, backend="triton")
+    q.copy_(randn(1, 4, 512, 64, dtype=torch.bfloat16, seed=9))
+    graph.replay()
+    want, want_lse = sparse_attention_with_lse(q, k, v, plan, backend="triton")
+    assert torch.equal(out, want)
+    assert torch.equal(lse, want_lse)
+
+
+def test_auto_takes_triton_on_a_gpu():
+    plan = plan_dense(64, 64, causal=True, device="cuda")
+    q, k, v = (randn(1, 2, 64, 64, dtype=torch.bfloat16, seed=i) for i in range(3))
+    chosen = sparse_attention(q, k, v, plan)
+    assert torch.equal(chosen, sparse_attention(q, k, v, plan, backend="triton"))
+
+
+def test_offsets_past_32_bits():
+    tokens = 2**25 + 64
+    if torch.cuda.mem_get_info()[0] < 3 * tokens * 128:
+        pytest.skip("wants 13 GB of free GPU memory")
+    # The last keys of a tensor of more than 2^31 elements; the rest is listed nowhere.
+    k = torch.zeros(1, 1, tokens, 64, dtype=torch.bfloat16, device="cuda")
+    k[:, :, -64:] = randn(1, 1, 64, 64, dtype=torch.bfloat16)
+    part = plan_dense(64, tokens, causal=False, block_q=64, block_kv=64).parts[0]
+    index = part.index
+    last = torch.full_like(index.kv_indices[..., :1], index.capacity - 1)
+    ends = torch.tensor([[[0, 1]]], dtype=torch.int32)
+    lists = type(index)(last, ends, torch.zeros_like(ends[..., :1]), 64, 64)
+    plan = type(plan_dense(1, 1, causal=False))(
+        (type(part)(part.q_perm, part.kv_perm, lists, part.band),)
+    ).to("cuda")
+    q = randn(1, 1, 64, 64, dtype=torch.bfloat16, seed=5)
+    out = sparse_attention(q, k, k, plan, backend="triton")
+    near = plan_dense(64, 64, causal=False, block_q=64, block_kv=64, device="cuda")
+    want = sparse_attention(q, k[:, :, -64:], k[:, :, -64:], near, backend="triton")
+    assert torch.equal(out, want)

@@ -1,0 +1,92 @@
+"""Tile choice over every problem it can be asked about."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from permattn.triton_kernels.config import (
+    FAMILIES,
+    Config,
+    family_of,
+    padded_head_dim,
+    select_config,
+)
+
+KERNELS = ("fwd", "dq", "dkdv")
+
+
+def choose(kernel: str, **facts) -> Config:
+    defaults = {
+        "capability": 90,
+        "element_size": 2,
+        "head_dim": 128,
+        "head_dim_v": 128,
+        "unit": 128,
+        "gathered": False,
+    }
+    return select_config(kernel, **{**defaults, **facts})
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("element_size", [2, 4], ids=["16-bit", "32-bit"])
+def test_every_problem_has_a_config_that_triton_can_take(kernel, element_size):
+    units = (1, 4, 16, 17, 48, 64, 100, 128, 1000)
+    dims = (1, 16, 24, 64, 80, 128, 200, 256)
+    for capability, dim, unit, gathered in product(
+        (80, 86, 89, 90, 100, 103, 120, 121), dims, units, (False, True)
+    ):
+        config = choose(
+            kernel,
+            capability=capability,
+            element_size=element_size,
+            head_dim=dim,
+            head_dim_v=dims[-1 - dims.index(dim)],
+            unit=unit,
+            gathered=gathered,
+        )
+        for tile in (config.block_m, config.block_n):
+            assert tile >= 16
+            assert tile & (tile - 1) == 0
+        assert config.num_warps in (4, 8)
+        assert 1 <= config.num_stages <= 3
+        assert config.block_m < 2 * max(unit, 16), "a tile must not be mostly idle rows"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_choice_depends_on_facts_alone(kernel):
+    assert choose(kernel) == choose(kernel)
+
+
+@pytest.mark.parametrize(
+    ("capability", "family"),
+    [
+        (80, 80),
+        (86, 80),
+        (89, 80),
+        (90, 90),
+        (100, 100),
+        (103, 100),
+        (110, 100),
+        (120, 120),
+        (75, 80),
+    ],
+)
+def test_families(capability, family):
+    assert family_of(capability) == family
+    assert family in FAMILIES
+
+
+@pytest.mark.parametrize(
+    ("dim", "padded"), [(1, 16), (16, 16), (17, 32), (64, 64), (80, 128), (256, 256)]
+)
+def test_head_dims_are_padded_to_powers_of_two(dim, padded):
+    assert padded_head_dim(dim) == padded
+
+
+@pytest.mark.parametrize(
+    "facts", [{"head_dim": 257}, {"head_dim_v": 512}, {"element_size": 8}], ids=str
+)
+def test_what_no_kernel_takes_is_refused(facts):
+    with pytest.raises(ValueError, match="select_config"):
+        choose("fwd", **facts)
