@@ -21,7 +21,9 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Both are settled once, here: a look-up inside why_not would break fullgraph compilation. Triton
 # itself reads the variable when it is imported; under it, kernels run on CPU tensors, for tests.
-_INSTALLED = importlib.util.find_spec("triton") is not None
+_SPEC = importlib.util.find_spec("triton")
+# A folder of that name on the path, without code, has no origin.
+_INSTALLED = _SPEC is not None and _SPEC.origin is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
