@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from permattn.patterns.mminference.prompt import Prompt, VideoGrid
 
 LAST_Q = 64
 # Bytes of one chunk of probe scores: the probe never holds last_q x Skv for long prompts.
-_CHUNK_BYTES = 1 << 28
+_CHUNK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Probe:
             yield 0, self.prompt.num_kv, self.whole
             return
         for start, stop in _chunk_bounds(self.q, self.k):
-            score = _scores(self.q, self.k, self.position, self.prompt, start, stop)
+            score = _scores(self, start, stop).float()
             p = score.sub_(self.lse[..., None]).exp_()
             yield start, stop, p.view(p.shape[0], self.heads, -1, stop - start)
 
@@ -77,17 +77,16 @@ def make_probe(q: Tensor, k: Tensor, prompt: Prompt, *, visual: bool) -> Probe:
     picked = q.gather(2, row[:, None, :, None].expand(batch, heads, rows, head_dim))
     picked = (picked * head_dim**-0.5).reshape(batch, k.shape[1], group * rows, head_dim)
     total = torch.full(picked.shape[:3], float("-inf"), device=q.device)
+    probe = Probe(picked, k, position, begin, total, prompt, None)
     bounds = _chunk_bounds(picked, k)
+    # A probe row that sees nothing (padding) has no finite score; zeros do no harm.
     if len(bounds) == 1:
-        score = _scores(picked, k, position, prompt, 0, prompt.num_kv)
-        # A probe row that sees nothing (padding) has no finite score; its zeros do no harm.
-        whole = torch.softmax(score, -1).nan_to_num_(0.0).view(batch, heads, rows, -1)
-        return Probe(picked, k, position, begin, total, prompt, whole)
+        whole = torch.softmax(_scores(probe, 0, prompt.num_kv), -1, dtype=torch.float32)
+        whole = whole.nan_to_num_(0.0) if prompt.padded else whole
+        return replace(probe, whole=whole.view(batch, heads, rows, -1))
     for start, stop in bounds:
-        score = _scores(picked, k, position, prompt, start, stop)
-        total = torch.logaddexp(total, score.logsumexp(-1))
-    total = torch.where(total == float("-inf"), 0.0, total)
-    return Probe(picked, k, position, begin, total, prompt, None)
+        total = torch.logaddexp(total, _scores(probe, start, stop).float().logsumexp(-1))
+    return replace(probe, lse=torch.where(total == float("-inf"), 0.0, total))
 
 
 def column_mass(probe: Probe) -> Tensor:
@@ -108,13 +107,9 @@ def diagonal_mass(probe: Probe, without: Tensor | None = None) -> Tensor:
     batch, heads, num_kv = probe.q.shape[0], probe.heads, probe.prompt.num_kv
     skew = torch.zeros(batch, heads, num_kv + rows, device=probe.q.device)
     for start, stop, p in probe.chunks():
-        n = stop - start
         if without is not None:
             p = p.masked_fill(without[:, :, None, start:stop], 0.0)
-        # Row r of the flipped matrix, shifted right by r: a flat reshape with one column less.
-        flat = torch.nn.functional.pad(p.flip(2), (0, rows)).flatten(2)
-        flat = flat[..., : rows * (n + rows - 1)].view(batch, heads, rows, n + rows - 1)
-        skew[..., start : start + n + rows - 1] += flat.sum(2)
+        skew[..., start : stop + rows - 1] += _skewed_sum(p)
     # Column c of the skew collects key c - (rows - 1 - r) of row r: the lag is last position - c.
     lag = torch.arange(num_kv, device=probe.q.device)
     place = probe.position[:, -1:] - lag
@@ -174,8 +169,11 @@ def slash_mass(
             index = (tokens[lo:hi] - start).to(device, non_blocking=True)
             part = p[batch_row].index_select(-1, index)
         for total, stride in zip(sums, strides, strict=True):
-            padded = torch.nn.functional.pad(part, (lo % stride, -hi % stride))
-            total += padded.unflatten(-1, (-1, stride)).sum(-2)
+            # Whole strides without a copy; what is left is shorter than one.
+            whole = (hi - lo) // stride * stride
+            by_phase = part[..., :whole].unflatten(-1, (-1, stride)).sum(-2)
+            by_phase[..., : hi - lo - whole] += part[..., whole:]
+            total += by_phase.roll(lo % stride, -1)
     # Rank of the probe rows inside the grid; rows outside (timestamps) take no part in slash lines.
     position = probe.first_position[batch_row] + torch.arange(rows)
     known = torch.searchsorted(grid.host_tokens, position).clamp_max(grid.num_tokens - 1)
@@ -197,15 +195,40 @@ def _chunk_bounds(q: Tensor, k: Tensor) -> list[tuple[int, int]]:
     return [(i, min(i + size, num_kv)) for i in range(0, num_kv, size)]
 
 
-def _scores(
-    q: Tensor, k: Tensor, position: Tensor, prompt: Prompt, start: int, stop: int
-) -> Tensor:
-    """float32 [B, Hkv, G * rows, stop - start], -inf where causality or padding hides the key."""
-    score = (q @ k[:, :, start:stop].mT).float()
-    key = torch.arange(start, stop, device=q.device)
-    first = torch.tensor(prompt.first).to(q.device, non_blocking=True)
-    hidden = (key > position[..., None]) | (key < first[:, None, None])
-    # [B, rows, n] against rows that repeat for every query head of a group.
-    view = score.unflatten(2, (-1, position.shape[1]))
-    view.masked_fill_(hidden[:, None, None], float("-inf"))
+def _scores(probe: Probe, start: int, stop: int) -> Tensor:
+    """[B, Hkv, G * rows, stop - start], -inf where causality or padding hides the key."""
+    score = probe.q @ probe.k[:, :, start:stop].mT
+    rows = score.unflatten(2, (-1, probe.position.shape[1]))
+    device = score.device
+    # Only the keys around the probe rows, and those around the left padding, need a look.
+    tail = min(max(min(probe.first_position), start), stop)
+    if tail < stop:
+        key = torch.arange(tail, stop, device=device)
+        hidden = key > probe.position[..., None]
+        rows[..., tail - start :].masked_fill_(hidden[:, None, None], float("-inf"))
+    head = min(max(*probe.prompt.first, start, start), stop)
+    if head > start:
+        key = torch.arange(start, head, device=device)
+        first = torch.tensor(probe.prompt.first).to(device, non_blocking=True)
+        hidden = (key < first[:, None])[:, None, None, None]
+        rows[..., : head - start].masked_fill_(hidden, float("-inf"))
     return score
+
+
+def _skewed_sum(p: Tensor) -> Tensor:
+    """Sums along diagonals: [..., rows, n] -> [..., n + rows - 1].
+
+    Entry c sums p[r, c - (rows - 1) + r] over the rows where that key exists.
+    """
+    rows, n = p.shape[-2:]
+    if n < 2 * rows:
+        # Row r of the flipped matrix, shifted right by r: a flat reshape with one column less.
+        flat = torch.nn.functional.pad(p.flip(-2), (0, rows)).flatten(-2)
+        flat = flat[..., : rows * (n + rows - 1)].unflatten(-1, (rows, n + rows - 1))
+        return flat.sum(-2)
+    # Diagonals that cross every row, read where they lie; the corners are small.
+    p = p.contiguous()
+    strides = (*p.stride()[:-2], n + 1, 1)
+    middle = p.as_strided((*p.shape[:-1], n - rows + 1), strides).sum(-2)
+    first, last = _skewed_sum(p[..., : rows - 1]), _skewed_sum(p[..., n - rows + 1 :])
+    return torch.cat((first[..., : rows - 1], middle, last[..., rows - 1 :]), -1)
