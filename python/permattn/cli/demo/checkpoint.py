@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -28,6 +29,8 @@ def load(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, A
     from permattn.models.families import known_families
 
     transformers.logging.set_verbosity_error()
+    # It would report every retry of an unreachable hub; the one line below says it all.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except Exception as e:

@@ -86,7 +86,7 @@ class Sizes:
     kv_heads: int = 2
     vocab: int = 2048
     vision_hidden: int = 128
-    vision_depth: int = 4
+    vision_depth: int = 3
     patch: int = 14
     num_spots: int = 8
 

@@ -122,7 +122,7 @@ def _config(sizes: Sizes) -> Any:
         "intermediate_size": 2 * sizes.vision_hidden,
         "num_heads": max(2, sizes.vision_hidden // 64),
         "patch_size": sizes.patch,
-        "window_size": 8 * sizes.patch,
+        "window_size": 16 * sizes.patch,
         "fullatt_block_indexes": [sizes.vision_depth - 1],
         "out_hidden_size": sizes.hidden,
         "tokens_per_second": 1,
