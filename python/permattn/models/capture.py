@@ -195,7 +195,9 @@ class LayoutCapture(NotCopyable):
         if tokens is None or tokens.shape[1] <= 1:
             return None
         batch, q_len = tokens.shape[:2]
-        cache = inputs.get("past_key_values")
+        # transformers 5.24 renamed the argument.
+        cache = inputs.get("cache")
+        cache = inputs.get("past_key_values") if cache is None else cache
         if cache is not None and not hasattr(cache, "get_seq_length"):
             return None
         q_offset = int(cache.get_seq_length()) if cache is not None else 0
