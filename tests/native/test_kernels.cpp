@@ -1,5 +1,6 @@
 // The kernels without torch or Python: every instruction set of this machine, in float32, against
-// sums in double. One causal part with ragged lengths. Prints what it checked; exit code 1 on failure.
+// sums in double. One causal part with ragged lengths. Prints what it checked; exit code 1 on
+// failure.
 #include "../../csrc/common/token_rule.h"
 #include "../../csrc/cpu/cpu.h"
 
