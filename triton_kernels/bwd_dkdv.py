@@ -38,7 +38,10 @@ def _dkdv_of_list(
     min_lag,
     max_lag,
     qk_scale,
-    PART: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    Q_IDENTITY: tl.constexpr,
+    HAS_MIN: tl.constexpr,
+    HAS_MAX: tl.constexpr,
     IS_FULL: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -47,12 +50,11 @@ def _dkdv_of_list(
     BLOCK_DV: tl.constexpr,
 ):
     """Adds dS^T Q and P^T dO of one key tile over the query blocks of one list."""
-    BLOCK_Q: tl.constexpr = PART[0]
     b_dk, b_dv = gradients
     num_lanes = num_entries * BLOCK_Q
     for i_lane in tl.range(0, num_lanes, BLOCK_N):
         o_slot, m_slot = lane_slots(p_entry, i_lane, num_lanes, num_q_slots, BLOCK_Q, BLOCK_N)
-        b_q_token, m_token = load_tokens(p_q_token, o_slot, m_slot, num_q_tokens, PART[2])
+        b_q_token, m_token = load_tokens(p_q_token, o_slot, m_slot, num_q_tokens, Q_IDENTITY)
         b_lse, b_delta, m_q = load_softmax(p_lse, p_delta, b_q_token, m_token)
         if IS_FULL:
             m_visible = m_q[None, :] & m_kv[:, None]
@@ -64,8 +66,8 @@ def _dkdv_of_list(
                 m_kv[:, None],
                 min_lag,
                 max_lag,
-                PART[3],
-                PART[4],
+                HAS_MIN,
+                HAS_MAX,
             )
         b_q = load_rows(p_q, b_q_token, m_q, q_stride, D, BLOCK_D)
         b_score = dot_rows(b_k, b_q) * qk_scale
@@ -127,8 +129,12 @@ def dkdv_kernel(
     max_lag,
     scale,
     qk_scale,
-    PART: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    Q_IDENTITY: tl.constexpr,
     KV_IDENTITY: tl.constexpr,
+    HAS_MIN: tl.constexpr,
+    HAS_MAX: tl.constexpr,
     CARRY: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -145,7 +151,6 @@ def dkdv_kernel(
         rows: `plan_rows` of kv's token_of_slot, then of `lists`.
         i_head_begin, i_head_end: query heads inside the group that this launch serves. All of them
             where they share one key order; else launches follow one another, one head each.
-        PART: (block_q, block_kv, q is identity, has min_lag, has max_lag).
         BLOCK_M, BLOCK_N: keys that stay, queries that stream past.
     """
     i_program = tl.program_id(0)
@@ -155,7 +160,6 @@ def dkdv_kernel(
     i_hkv = i_head % num_kv_heads
     i_first_h = i_hkv * group + i_head_begin
 
-    BLOCK_KV: tl.constexpr = PART[1]
     num_rows = (num_kv_slots + BLOCK_KV - 1) // BLOCK_KV
     i_first, o_kv_slot, m_kv_slot = tile_slots(i_tile, num_kv_slots, BLOCK_KV, BLOCK_M)
     p_kv_token += head_row(i_b, i_first_h, rows[0]) * num_kv_slots
@@ -199,7 +203,10 @@ def dkdv_kernel(
                 min_lag,
                 max_lag,
                 qk_scale,
-                PART,
+                BLOCK_Q,
+                Q_IDENTITY,
+                HAS_MIN,
+                HAS_MAX,
                 is_full,
                 D,
                 DV,

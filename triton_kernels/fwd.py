@@ -41,7 +41,10 @@ def _attend_list(
     min_lag,
     max_lag,
     qk_scale,
-    PART: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    KV_IDENTITY: tl.constexpr,
+    HAS_MIN: tl.constexpr,
+    HAS_MAX: tl.constexpr,
     IS_FULL: tl.constexpr,
     Q_IDENTITY: tl.constexpr,
     D: tl.constexpr,
@@ -51,14 +54,13 @@ def _attend_list(
     BLOCK_DV: tl.constexpr,
 ):
     """Online softmax (base 2) of one query tile over the entries of one list."""
-    BLOCK_KV: tl.constexpr = PART[1]
     b_acc, b_high, b_total = state
     # Looking at every pair before the loads would carry the pairs through all stages of a pipeline.
-    PAIRWISE: tl.constexpr = not IS_FULL and PART[3] and PART[4] and not Q_IDENTITY
+    PAIRWISE: tl.constexpr = not IS_FULL and HAS_MIN and HAS_MAX and not Q_IDENTITY
     num_lanes = num_entries * BLOCK_KV
     for i_lane in tl.range(0, num_lanes, BLOCK_N, num_stages=1 if PAIRWISE else None):
         o_slot, m_slot = lane_slots(p_entry, i_lane, num_lanes, num_kv_slots, BLOCK_KV, BLOCK_N)
-        b_kv_token, m_kv = load_tokens(p_kv_token, o_slot, m_slot, num_kv_tokens, PART[2])
+        b_kv_token, m_kv = load_tokens(p_kv_token, o_slot, m_slot, num_kv_tokens, KV_IDENTITY)
         if IS_FULL:
             m_visible = m_kv[None, :]
             m_v = m_kv
@@ -70,8 +72,8 @@ def _attend_list(
                 m_kv[None, :],
                 min_lag,
                 max_lag,
-                PART[3],
-                PART[4],
+                HAS_MIN,
+                HAS_MAX,
             )
             m_v = row_is_seen(
                 m_visible,
@@ -81,8 +83,8 @@ def _attend_list(
                 q_high,
                 min_lag,
                 max_lag,
-                PART[3],
-                PART[4],
+                HAS_MIN,
+                HAS_MAX,
                 Q_IDENTITY,
             )
         b_k = load_rows(p_k, b_kv_token, m_kv, k_stride, D, BLOCK_D)
@@ -209,7 +211,10 @@ def fwd_kernel(
                 from_odd(sizes[n][2]),
                 from_odd(sizes[n][3]),
                 qk_scale,
-                PARTS[n],
+                PARTS[n][1],
+                PARTS[n][2],
+                PARTS[n][3],
+                PARTS[n][4],
                 is_full,
                 Q_IDENTITY,
                 D,

@@ -424,7 +424,6 @@ def _launch_dkdv_part(
     if num_tiles == 0:
         return
     tensors = (part.q_token, *(compact(x) for x in lists))
-    has_lags = part.min_lag is not None, part.max_lag is not None
     dkdv_kernel[(num_tiles * batch * num_kv_heads,)](
         g.q,
         g.k,
@@ -456,8 +455,12 @@ def _launch_dkdv_part(
         *band_lags(part),
         g.scale,
         g.scale * LOG2E,
-        PART=(part.block_q, part.block_kv, part.q_identity, *has_lags),
+        BLOCK_Q=part.block_q,
+        BLOCK_KV=part.block_kv,
+        Q_IDENTITY=part.q_identity,
         KV_IDENTITY=part.kv_identity,
+        HAS_MIN=part.min_lag is not None,
+        HAS_MAX=part.max_lag is not None,
         CARRY=carry,
         D=head_dim,
         DV=head_dim_v,
