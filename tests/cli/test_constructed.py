@@ -118,10 +118,9 @@ def test_local_and_sink_heads(subject, maps, places):
 def test_some_mass_lies_off_the_pattern(subject, maps, places):
     """Else dropping it would cost nothing, and the demo's error would say nothing."""
     _, rows = places
-    best = [
-        of_kind(subject, maps, kind)[rows].topk(64, -1).values.sum(-1) for kind in ("sink", "grid")
-    ]
-    assert max(float(b.mean()) for b in best) < 0.999
+    kinds = ("place", "grid", "sink", "spots")
+    best = [of_kind(subject, maps, kind)[rows].topk(24, -1).values.sum(-1).mean() for kind in kinds]
+    assert 0.5 < float(min(best)) < 0.99
 
 
 def test_the_same_seed_gives_the_same_model(subject):
