@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.machine import ROOT
+from bench.machine import ROOT, threads_text
 from bench.pages import performance_page, speed_table
 from bench.results import load
 
@@ -69,12 +69,23 @@ def fill(text: str, results: Path) -> str:
     def one(match: re.Match[str]) -> str:
         what = match["what"].strip()
         if what == "table":
-            value = f"\n{speed_table(load(results / 'cpu.jsonl'))}\n"
+            value = f"\n{headline(results)}\n"
         else:
             value = look_up(what, results)
         return f"{match[1]}{value}{match[4]}"
 
     return _MARK.sub(one, text)
+
+
+def headline(results: Path) -> str:
+    """The table of speed-ups on all cores; on one thread while there is no other."""
+    for name in ("cpu.jsonl", "cpu-1-thread.jsonl"):
+        rows = [row for row in load(results / name) if row.group == "speed"]
+        if rows:
+            facts = rows[0].machine
+            where = f"{facts['cpu'].split(' (')[0]}, {threads_text(facts['threads'])}"
+            return f"{where}, {facts['isa']}:\n\n{speed_table(rows)}"
+    return speed_table([])
 
 
 def look_up(what: str, results: Path) -> str:
