@@ -68,10 +68,7 @@ def fill(text: str, results: Path) -> str:
 
     def one(match: re.Match[str]) -> str:
         what = match["what"].strip()
-        if what == "table":
-            value = f"\n{headline(results)}\n"
-        else:
-            value = look_up(what, results)
+        value = f"\n{headline(results)}\n" if what == "table" else look_up(what, results)
         return f"{match[1]}{value}{match[4]}"
 
     return _MARK.sub(one, text)
