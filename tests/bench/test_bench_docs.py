@@ -13,8 +13,8 @@ from bench.plot import plot
 from bench.registry import CASES, DENSITIES, percent
 from bench.results import Row, load, merge
 
-# A measured number: a speed-up, a time or a rate.
-MEASURED = re.compile(r"\d[x×](?!\w)|\d\s?(?:ms|GFLOP/s|TFLOP/s)\b")
+# A measured number: a speed-up, a time (but not a period, "every 4 ms") or a rate.
+MEASURED = re.compile(r"\d[x×](?!\w)|(?<!every )\b[\d.]+\s?(?:ms|GFLOP/s|TFLOP/s)\b")
 
 
 def made_up(case_name: str = "bf16-d64") -> Row:
