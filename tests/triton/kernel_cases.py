@@ -196,6 +196,7 @@ CASES = (
     Case("head-dims-40-and-24", drawn(64, 64, permuted=True), dim=40, dim_v=24),
     Case("head-dims-128-and-64", dense(64, 64), dim=128, dim_v=64, dtype=HALF),
     Case("head-dim-256", dense(64, 64), dim=256, dim_v=256, dtype=BRAIN),
+    Case("head-dim-256-float32", dense(40, 40), dim=256, dim_v=256),
     Case("negative-scale", dense(64, 64), scale=-0.3),
 )
 
