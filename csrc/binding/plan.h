@@ -35,8 +35,9 @@ inline Dtype dtype_of(const Tensor& x) {
 
 inline TensorView view_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 4, name, ": wants 4 axes, got ", x.dim());
-  STD_TORCH_CHECK(x.stride(3) == 1 || x.size(3) <= 1, name, ": the last stride must be 1, got ",
-                  x.stride(3));
+  // An empty tensor has no rows to step along, and torch gives an expanded one any strides.
+  STD_TORCH_CHECK(x.stride(3) == 1 || x.size(3) <= 1 || x.numel() == 0, name,
+                  ": the last stride must be 1, got ", x.stride(3));
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
