@@ -119,7 +119,10 @@ def test_some_mass_lies_off_the_pattern(subject, maps, places):
     """Else dropping it would cost nothing, and the demo's error would say nothing."""
     _, rows = places
     kinds = ("place", "grid", "sink", "spots")
-    best = [of_kind(subject, maps, kind)[rows].topk(24, -1).values.sum(-1).mean() for kind in kinds]
+    best = [
+        of_kind(subject, maps, kind)[rows].topk(GRID.frames, -1).values.sum(-1).mean()
+        for kind in kinds
+    ]
     assert 0.5 < float(min(best)) < 0.99
 
 
