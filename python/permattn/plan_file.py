@@ -25,29 +25,21 @@ def save_plan(plan: AttnPlan, path: str | os.PathLike[str]) -> None:
 
     Args:
         plan: any plan, on any device.
-        path: the file to write, by custom `*.safetensors`.
+        path: the file to write, usually `*.safetensors`.
 
     Raises:
         RuntimeError: the safetensors package is missing.
     """
     safetensors = _safetensors()
-    perms: list[Permutation] = []
+    perms, numbers = plan.distinct_permutations()
     tensors: dict[str, Tensor] = {}
     parts = []
-
-    def number(perm: Permutation) -> int:
-        for i, other in enumerate(perms):
-            if other is perm:
-                return i
-        perms.append(perm)
-        return len(perms) - 1
-
-    for i, part in enumerate(plan.parts):
+    for i, (part, (q, kv)) in enumerate(zip(plan.parts, numbers, strict=True)):
         index = part.index
         parts.append(
             {
-                "q_perm": number(part.q_perm),
-                "kv_perm": number(part.kv_perm),
+                "q_perm": q,
+                "kv_perm": kv,
                 "block_q": index.block_q,
                 "block_kv": index.block_kv,
                 "min_lag": part.band.min_lag,

@@ -120,19 +120,25 @@ class AttnPlan:
     def device(self) -> torch.device:
         return self.parts[0].index.kv_indices.device
 
+    def distinct_permutations(self) -> tuple[list[Permutation], list[tuple[int, int]]]:
+        """Every permutation object once, and the numbers of each part's (q_perm, kv_perm)."""
+        perms: list[Permutation] = []
+
+        def number(perm: Permutation) -> int:
+            for i, other in enumerate(perms):
+                if other is perm:
+                    return i
+            perms.append(perm)
+            return len(perms) - 1
+
+        numbers = [(number(part.q_perm), number(part.kv_perm)) for part in self.parts]
+        return perms, numbers
+
     def q_groups(self) -> tuple[int, ...]:
         """Group number of every part: parts that share a q_perm object share a group."""
-        seen: list[Permutation] = []
-        groups = []
-        for part in self.parts:
-            for i, perm in enumerate(seen):
-                if perm is part.q_perm:
-                    groups.append(i)
-                    break
-            else:
-                groups.append(len(seen))
-                seen.append(part.q_perm)
-        return tuple(groups)
+        q_numbers = [q for q, _ in self.distinct_permutations()[1]]
+        order = list(dict.fromkeys(q_numbers))
+        return tuple(order.index(q) for q in q_numbers)
 
     def leading_sizes(self) -> tuple[int, int]:
         """The largest batch and head axes among the plan's tensors (1 = broadcast)."""
@@ -224,22 +230,12 @@ def check_full_blocks(part: AttnPart) -> None:
 
 def _flatten(plan: AttnPlan):
     """Leaves: every distinct tensor once, so that shared permutations stay shared."""
-    perms: list[Permutation] = []
+    perms, numbers = plan.distinct_permutations()
     leaves: list[Tensor] = []
     parts = []
-
-    def number(perm: Permutation) -> int:
-        for i, other in enumerate(perms):
-            if other is perm:
-                return i
-        perms.append(perm)
-        return len(perms) - 1
-
-    for part in plan.parts:
+    for part, (q, kv) in zip(plan.parts, numbers, strict=True):
         index = part.index
-        parts.append(
-            (number(part.q_perm), number(part.kv_perm), index.block_q, index.block_kv, part.band)
-        )
+        parts.append((q, kv, index.block_q, index.block_kv, part.band))
         leaves += [index.kv_indices, index.row_offsets, index.kv_num_full]
     for perm in perms:
         leaves += [perm.token_of_slot, perm.slot_of_token]
