@@ -63,6 +63,7 @@ def test_decoder_without_keywords_trains_dense(own_case):
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         use_cache=None,
         visual_pos_masks=None,
@@ -75,7 +76,8 @@ def test_decoder_without_keywords_trains_dense(own_case):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            # transformers 5.24 calls it `cache`.
+            **({"past_key_values": past_key_values} if cache is None else {"cache": cache}),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             visual_pos_masks=visual_pos_masks,

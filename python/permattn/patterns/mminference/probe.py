@@ -81,7 +81,10 @@ def make_probe(q: Tensor, k: Tensor, prompt: Prompt, *, visual: bool) -> Probe:
     bounds = _chunk_bounds(picked, k)
     # A probe row that sees nothing (padding) has no finite score; zeros do no harm.
     if len(bounds) == 1:
-        whole = torch.softmax(_scores(probe, 0, prompt.num_kv), -1, dtype=torch.float32)
+        # In place: torch.softmax would hold three of these at once.
+        whole = _scores(probe, 0, prompt.num_kv).float()
+        whole.sub_(whole.amax(-1, keepdim=True)).exp_()
+        whole.div_(whole.sum(-1, keepdim=True))
         whole = whole.nan_to_num_(0.0) if prompt.padded else whole
         return replace(probe, whole=whole.view(batch, heads, rows, -1))
     for start, stop in bounds:
@@ -101,14 +104,15 @@ def diagonal_mass(probe: Probe, without: Tensor | None = None) -> Tensor:
     """float32 [B, Hq, Skv]: the probe's mass at every lag (row position - key position).
 
     Args:
-        without: bool [B, Hq, Skv], keys whose mass does not count.
+        without: bool [B, Hq, Skv], keys whose mass does not count. They are cleared in the probe
+            itself, so this comes last: another copy would be the planner's largest tensor.
     """
     rows = probe.position.shape[1]
     batch, heads, num_kv = probe.q.shape[0], probe.heads, probe.prompt.num_kv
     skew = torch.zeros(batch, heads, num_kv + rows, device=probe.q.device)
     for start, stop, p in probe.chunks():
         if without is not None:
-            p = p.masked_fill(without[:, :, None, start:stop], 0.0)
+            p.masked_fill_(without[:, :, None, start:stop], 0.0)
         skew[..., start : stop + rows - 1] += _skewed_sum(p)
     # Column c of the skew collects key c - (rows - 1 - r) of row r: the lag is last position - c.
     lag = torch.arange(num_kv, device=probe.q.device)
