@@ -62,7 +62,7 @@ def memory_note(device: torch.device) -> str:
     if _STATM.exists():
         return (
             f"resident memory of the process, sampled every {1000 * _SAMPLE_SECONDS:.0f} ms; freed "
-            "blocks go back to the system at once"
+            "blocks go back to the system at once; the lowest peak of the passes"
         )
     return "largest resident memory of the process so far (no sampling on this system)"
 
