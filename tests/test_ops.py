@@ -3,7 +3,7 @@
 import permattn as pa
 import pytest
 import torch
-from permattn.ops import pack_plan, unpack_plan
+from permattn.core.packing import pack_plan, unpack_plan
 from permattn.testing import random_plan, split_plan
 from torch.utils.flop_counter import FlopCounterMode
 

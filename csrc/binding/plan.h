@@ -53,7 +53,7 @@ inline IntView int_view_of(const Tensor& x, int64_t batch, int64_t heads, const 
           x.size(1) == 1 ? 0 : x.stride(1), x.size(2)};
 }
 
-// Reads `parts` out of ops.pack_plan's lists; the views live as long as the tensors.
+// Reads `parts` out of core.packing.pack_plan's lists; the views live as long as the tensors.
 std::vector<PlanPart> parts_of(const std::vector<Tensor>& tensors, const std::vector<int64_t>& ints,
                                const Problem& problem);
 

@@ -1,4 +1,4 @@
-// Operator schemas of permattn_native. A plan arrives as ops.pack_plan made it.
+// Operator schemas of permattn_native. A plan arrives as core.packing.pack_plan made it.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(permattn_native, m) {

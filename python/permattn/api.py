@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from permattn.backends import resolve
+from permattn.core.packing import pack_plan
 from permattn.core.plan import AttnPlan
 from permattn.core.problem import Problem
-from permattn.ops import pack_plan, register_flop_formulas, sparse_attention_op
+from permattn.ops import register_flop_formulas, sparse_attention_op
 
 Pattern = AttnPlan | Callable[..., AttnPlan]
 

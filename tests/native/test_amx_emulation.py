@@ -9,7 +9,7 @@ import pytest
 import torch
 from permattn import TokenBand, testing
 from permattn.backends import cpu
-from permattn.ops import pack_plan
+from permattn.core.packing import pack_plan
 from permattn.patterns.dense import plan_dense
 
 ROOT = Path(__file__).resolve().parents[2]

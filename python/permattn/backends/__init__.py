@@ -23,7 +23,7 @@ class Backend(Protocol):
         """None when the problem can be run; else one line that says what stands in the way."""
 
     def forward(self, args: FwdArgs) -> tuple[Tensor, Tensor]:
-        """out [B, Hq, Sq, Dv] in q's dtype (see `ops.empty_out`) and lse float32 [B, Hq, Sq]."""
+        """out [B, Hq, Sq, Dv] as `core.problem.empty_out` lays it out, and lse [B, Hq, Sq]."""
 
     def backward(self, args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv in the shapes and dtypes of q, k, v."""

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from permattn.core.packing import pack_plan
 from permattn.core.plan import AttnPlan
-from permattn.core.problem import BwdArgs, FwdArgs, Problem
+from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out
 
 NAME = "cpu"
 MAX_HEAD_DIM = 256
@@ -88,7 +89,6 @@ def why_not(problem: Problem) -> str | None:
 
 def forward(args: FwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor]:
     """See `Backend.forward`. `isa` forces one of `available_isas()`, for tests."""
-    from permattn.ops import empty_out
 
     _load()
     q, k, v = args.q, args.k, args.v
@@ -120,7 +120,6 @@ def backward(args: BwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor, 
 
 
 def _plan(plan: AttnPlan) -> tuple[list[Tensor], list[int]]:
-    from permattn.ops import pack_plan
 
     tensors, ints = pack_plan(plan)
     return [_rows(x) for x in tensors], ints

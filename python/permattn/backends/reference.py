@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from permattn.core.plan import AttnPart, TokenBand
-from permattn.core.problem import BwdArgs, FwdArgs, Problem
+from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out
 
 NAME = "reference"
 
@@ -23,8 +23,6 @@ def why_not(problem: Problem) -> str | None:
 
 
 def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:
-    from permattn.ops import empty_out
-
     heads = args.q.shape[1]
     q, k, v = _working(args.q), _working(args.k, heads), _working(args.v, heads)
     # One running softmax over all parts: row maximum, row sum, unnormalised output.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from permattn.core.plan import AttnPlan
-from permattn.core.problem import BwdArgs, FwdArgs, Problem
+from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out
 
 if TYPE_CHECKING:
     from permattn.triton_kernels.launch import Part
@@ -47,8 +47,6 @@ def why_not(problem: Problem) -> str | None:
 
 
 def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:
-    from permattn.ops import empty_out
-
     out = empty_out(args.q, args.v)
     lse = torch.empty(args.q.shape[:3], dtype=torch.float32, device=args.q.device)
     with _on_device_of(args.q):

@@ -72,3 +72,19 @@ class BwdArgs:
     dlse: Tensor
     plan: AttnPlan
     scale: float
+
+
+def empty_out(q: Tensor, v: Tensor) -> Tensor:
+    """Uninitialised [B, Hq, Sq, Dv] in q's dtype; heads innermost in memory where q's are.
+
+    So a transposed [B, S, H, D] view comes back as one, and the reshape that follows is free.
+    """
+    batch, heads, sq, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty(batch, sq, heads, v.shape[3]).transpose(1, 2)
+    return q.new_empty(batch, heads, sq, v.shape[3])
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """float32, but float64 for float64 inputs, so that gradients can be checked closely."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
