@@ -61,8 +61,9 @@ def memory_note(device: torch.device) -> str:
         return "peak of torch's allocator during the pass"
     if _STATM.exists():
         return (
-            f"resident memory of the process, sampled every {1000 * _SAMPLE_SECONDS:.0f} ms; freed "
-            "blocks go back to the system at once; the lowest peak of the passes"
+            "resident memory above that before the pass, sampled every "
+            f"{1000 * _SAMPLE_SECONDS:.0f} ms; freed blocks go back to the system at once; the "
+            "lowest peak of the passes"
         )
     return "largest resident memory of the process so far (no sampling on this system)"
 
@@ -169,6 +170,7 @@ class _Peak:
 
     def __init__(self, device: torch.device) -> None:
         self.bytes = 0
+        self._rest = 0
         self._device = device
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -180,6 +182,7 @@ class _Peak:
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
             _return_free_memory()
+            self._rest = resident_bytes()
             self._thread.start()
         return self
 
@@ -192,7 +195,7 @@ class _Peak:
 
     def _sample(self) -> None:
         while True:
-            self.bytes = max(self.bytes, resident_bytes())
+            self.bytes = max(self.bytes, resident_bytes() - self._rest)
             if self._done.wait(_SAMPLE_SECONDS):
                 return
 

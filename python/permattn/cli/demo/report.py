@@ -124,7 +124,7 @@ def _times(report: Report) -> Table:
     share = 100 * plan / report.median("dense", "attention")
     table.add_row("of it: planning", "", f"{_ms(plan)} ({share:.1f} % of dense attention)", "")
     peaks = [report.median(kind, "peak_bytes") / _MIB for kind in ("dense", "sparse")]
-    table.add_row("peak memory", *(f"{x:,.0f} MiB" for x in peaks), "")
+    table.add_row("peak memory above rest", *(f"{x:,.0f} MiB" for x in peaks), "")
     return table
 
 
