@@ -28,10 +28,10 @@ Two ratios stand side by side. *Over SDPA* is what a user gains against
 `F.scaled_dot_product_attention` in the same dtype. *Over our dense list* divides by the same
 kernel with every block listed: the part of the gain that is sparsity, not a better dense kernel.
 
-How good torch's own kernel is differs from CPU to CPU, so the first ratio does not carry over: where
-SDPA reaches about the same rate in bf16 as in fp32 (compare the GFLOP/s), it has no fast bf16 path
-on that CPU; on CPUs with AMX it has one, and the bf16 ratios will be smaller. The targets are those
-that were set for a CPU with AMX.
+How good torch's own kernel is differs from CPU to CPU, so the first ratio does not carry over:
+where SDPA reaches about the same rate in bf16 as in fp32 (compare the GFLOP/s), it has no fast
+bf16 path on that CPU; on CPUs with AMX it has one, and the bf16 ratios will be smaller. The targets
+are those that were set for a CPU with AMX.
 """
 _SPEED_COLUMNS = (
     ("100 %", "100 % vs SDPA"),
