@@ -64,7 +64,7 @@ def performance_page(results: Path) -> str:
         parts.append(_gpu(json.loads(path.read_text(encoding="utf-8"))))
     if not list(results.glob("gpu-*.json")):
         parts.append(
-            "## GPU\n\nNothing has been measured yet: run `make gpu` where there is one.\n"
+            "## GPU\n\nNot yet run on hardware: run `make gpu` where there is a GPU.\n"
         )
     return "\n".join(parts).rstrip() + "\n"
 
