@@ -63,9 +63,7 @@ def performance_page(results: Path) -> str:
     for path in sorted(results.glob("gpu-*.json")):
         parts.append(_gpu(json.loads(path.read_text(encoding="utf-8"))))
     if not list(results.glob("gpu-*.json")):
-        parts.append(
-            "## GPU\n\nNot yet run on hardware: run `make gpu` where there is a GPU.\n"
-        )
+        parts.append("## GPU\n\nNot yet run on hardware: run `make gpu` where there is a GPU.\n")
     return "\n".join(parts).rstrip() + "\n"
 
 
