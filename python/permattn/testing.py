@@ -245,6 +245,38 @@ def split_plan(
     )
 
 
+def crossed_plan(
+    sq: int, skv: int, *, heads: int = 1, batch: int = 1, causal: bool = True, seed: int = 0
+) -> AttnPlan:
+    """Two parts in different query orders that show every query different keys.
+
+    What one part sums for a query must be merged with what the other does.
+    """
+    g = torch.Generator().manual_seed(seed)
+    first = torch.rand(batch, heads, skv, generator=g) < 0.5
+    whole = Permutation.identity(skv)
+    band = TokenBand(sq - skv) if causal else TokenBand()
+    parts = []
+    for q_perm, dropped, block_q in (
+        (Permutation.identity(sq), first, 32),
+        (random_permutation(sq, heads=heads, batch=batch, holes=5, generator=g), ~first, 16),
+    ):
+        kv_perm = whole.without_tokens(dropped)
+        index = random_index(
+            q_perm,
+            kv_perm,
+            band,
+            block_q=block_q,
+            block_kv=16,
+            density=0.7,
+            heads=heads,
+            batch=batch,
+            generator=g,
+        )
+        parts.append(AttnPart(q_perm, kv_perm, index, band))
+    return AttnPlan(tuple(parts))
+
+
 def poison_unseen(x: Tensor, seen: Tensor) -> Tensor:
     """x [B, Hkv, Skv, D] with NaN in every row that `seen` (bool [B, Hkv, Skv]) leaves out."""
     return torch.where(seen[..., None], x, float("nan"))

@@ -24,6 +24,7 @@ dtype_id = {"ids": lambda x: str(x).removeprefix("torch.")}
 PLANS = {
     "causal": lambda: plan_dense(200, 200, causal=True),
     "three-parts-in-three-orders": lambda: testing.split_plan(150, 170, heads=4, batch=2),
+    "two-orders-share-queries": lambda: testing.crossed_plan(150, 170, heads=4, batch=2),
     "permuted-with-holes": lambda: testing.random_plan(
         150, 190, heads=4, permuted=True, holes=9, block_kv=16, band=TokenBand(-5, 70)
     ),

@@ -21,6 +21,9 @@ PLANS = {
     "three-parts-in-three-orders": functools.cache(
         lambda: testing.split_plan(100, 120, heads=4, batch=2)
     ),
+    "two-orders-share-queries": functools.cache(
+        lambda: testing.crossed_plan(100, 120, heads=4, batch=2)
+    ),
     "small-odd-blocks": functools.cache(
         lambda: testing.random_plan(
             70, 90, heads=4, permuted=True, holes=5, block_q=7, block_kv=3, band=TokenBand(-5, 30)

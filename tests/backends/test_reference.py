@@ -5,6 +5,7 @@ import torch
 from permattn import AttnPlan, TokenBand, sparse_attention, sparse_attention_with_lse
 from permattn.testing import (
     assert_within,
+    crossed_plan,
     masked_attention,
     random_plan,
     split_plan,
@@ -24,6 +25,7 @@ CASES = {
     "broadcast-batch": lambda: random_plan(70, 70, batch=1, heads=4),
     "three-parts": lambda: split_plan(150, 150, batch=2, heads=4),
     "three-parts-longer-kv": lambda: split_plan(60, 150, heads=4),
+    "two-orders-share-queries": lambda: crossed_plan(90, 110, batch=2, heads=4),
     "not-causal": lambda: split_plan(90, 60, heads=4, causal=False),
     "nothing-listed": lambda: random_plan(40, 40, density=0.0),
 }

@@ -13,6 +13,7 @@ from permattn.core import AttnPart, AttnPlan, BlockIndex, Permutation, TokenBand
 from permattn.patterns.dense import plan_dense
 from permattn.testing import (
     assert_within,
+    crossed_plan,
     masked_attention,
     random_index,
     random_permutation,
@@ -183,6 +184,7 @@ CASES = (
     Case("three-parts", three_parts(0, 1, 2), batch=2),
     Case("three-parts-reversed", three_parts(2, 1, 0), batch=2, dtype=BRAIN),
     Case("three-parts-rotated", three_parts(1, 2, 0), batch=2, dtype=HALF),
+    Case("two-orders-share-queries", lambda: crossed_plan(90, 101, heads=2, batch=2), batch=2),
     Case("two-parts-one-launch", lambda: a_shape(200), dtype=BRAIN),
     Case(
         "band-of-two-ends-out-of-order",

@@ -50,6 +50,7 @@ POISONED = {
     "window-of-two-ends": banded(band=TokenBand(-20, -5)),
     "window-out-of-order": banded(band=WINDOW, permuted=True, holes=7),
     "empty-band": banded(band=TokenBand(5, 5)),
+    "holes-among-queries": banded(permuted=True, holes=40, band=TokenBand(-8, -1)),
     "holes-in-two-orders": holes_in_two_orders(110),
 }
 
@@ -69,9 +70,11 @@ def test_keys_and_values_that_no_query_sees_never_reach_a_result(plan):
 
 
 def test_queries_that_see_no_key_never_reach_a_gradient():
-    plan = random_plan(100, 100, heads=1, density=0.25, block_q=16, block_kv=32, seed=1)
+    # The band hides keys of listed blocks from the first queries: kernels meet those rows.
+    band = TokenBand(30)
+    plan = random_plan(100, 100, density=0.9, block_q=32, block_kv=32, band=band, seed=1)
     dead = ~(visible_pairs(plan, 1, 1).amax(-1) > 0)
-    assert bool(dead.any())
+    assert bool(dead[0, 0, :30].all()) and plan.parts[0].index.row_offsets[0, 0, 1] > 0
     q, k, v, dout, dlse = Case("dead", lambda: plan, heads=1).inputs(plan)
     clean = run_kernels(plan, [q, k, v, dout, dlse], 0.2)
     q, dout = (torch.where(dead[..., None], float("nan"), x) for x in (q, dout))
