@@ -139,7 +139,7 @@ def scaled_dot_product_attention(
 
         plan = plan_dense(q.shape[2], k.shape[2], causal=is_causal, device=q.device)
     out = sparse_attention(q, k, v, plan, scale=scale, backend=backend)
-    return out.reshape(*leading, *out.shape[2:]) if query.dim() != 4 else out
+    return out if len(leading) == 2 else out.reshape(*leading, *out.shape[2:])
 
 
 def permute_tokens(x: Tensor, token_of_slot: Tensor) -> Tensor:
@@ -226,19 +226,27 @@ def _check_scale(scale: float | None, head_dim: int) -> float:
 def _to_four_axes(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-    """[..., H, S, D] as [B, H, S, D] with leading axes broadcast as torch does."""
-    if query.dim() == 4 and key.dim() == 4 and value.dim() == 4:
-        if not enable_gqa and not query.shape[1] == key.shape[1] == value.shape[1]:
-            raise ValueError(
-                "key: as many heads as query are wanted unless enable_gqa=True, got "
-                f"{query.shape[1]}, {key.shape[1]}, {value.shape[1]}"
-            )
-        return query, key, value, tuple(query.shape[:2])
-    if enable_gqa:
-        raise ValueError("enable_gqa: wants 4-D query, key and value")
-    leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    batch = leading[:-1] if leading else ()
-    heads = leading[-1] if leading else 1
-    flat = [x.expand(*leading, *x.shape[-2:]) for x in (query, key, value)]
-    q, k, v = (x.reshape(math.prod(batch), heads, *x.shape[-2:]) for x in flat)
-    return q, k, v, tuple(leading)
+    """[..., H, S, D] as [B, H, S, D], leading axes broadcast as in torch; and the result's."""
+    tensors = [x[None] if x.dim() == 2 else x for x in (query, key, value)]
+    shapes = [x.shape for x in tensors]
+    try:
+        batch = torch.broadcast_shapes(*(x.shape[:-3] for x in tensors))
+        if enable_gqa:
+            # Query heads stand in groups; only key and value share theirs.
+            heads = [shapes[0][-3], *2 * torch.broadcast_shapes(*(x[-3:-2] for x in shapes[1:]))]
+        else:
+            heads = 3 * list(torch.broadcast_shapes(*(x[-3:-2] for x in shapes)))
+    except RuntimeError:
+        raise ValueError(
+            "query, key, value: leading axes must broadcast (heads apart only with "
+            f"enable_gqa=True), got {[list(x.shape) for x in (query, key, value)]}"
+        ) from None
+    flat = [
+        x.expand(*batch, h, *x.shape[-2:]).reshape(math.prod(batch), h, *x.shape[-2:])
+        if len(batch) != 1
+        else x.expand(*batch, h, *x.shape[-2:])
+        for x, h in zip(tensors, heads, strict=True)
+    ]
+    deepest = max(query.dim(), key.dim(), value.dim())
+    leading = (*batch, heads[0]) if deepest > 2 else ()
+    return flat[0], flat[1], flat[2], leading

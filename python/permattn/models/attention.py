@@ -7,6 +7,7 @@ sparse: models that share a config object with a patched one meet this code too 
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import weakref
 from collections import Counter
@@ -258,8 +259,11 @@ def run_layer(
     k, v = k[:, :, : layout.kv_len], v[:, :, : layout.kv_len]
     heads = local_heads(module, layer.heads, q.shape[1])
     with torch.no_grad():
+        # Planners probe with 1 / sqrt(D); a model with another scale is probed with its own.
+        usual = q.shape[-1] ** -0.5
+        probed = q if math.isclose(scale, usual, rel_tol=1e-6) else q * (scale / usual)
         plan = layer.planner(
-            q, k, layout.rows, heads, left_pad=layout.left_pad, right_pad=layout.right_pad
+            probed, k, layout.rows, heads, left_pad=layout.left_pad, right_pad=layout.right_pad
         )
     layer.report_plan(layer.index, plan)
     out = sparse_attention(q, k, v, plan, scale=scale, backend=layer.backend)
