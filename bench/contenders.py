@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import permattn
 import torch
 from permattn.backends import BACKENDS, resolve
-from permattn.core import AttnPlan, FwdArgs, Problem, Segment, TextRun, TokenGrid
+from permattn.core import AttnPlan, FwdArgs, Problem, Segment, TokenGrid, TokenRun
 from permattn.patterns.mminference import plan_grid_prefill
 from torch import Tensor
 
@@ -142,7 +142,7 @@ def video_segments(num_tokens: int) -> tuple[Segment, ...]:
     height = width = 16
     frames = (num_tokens - 128) // (height * width)
     video = TokenGrid(64, frames, height, width)
-    return TextRun(0, 64), video, TextRun(video.stop, num_tokens - video.stop)
+    return TokenRun(0, 64), video, TokenRun(video.stop, num_tokens - video.stop)
 
 
 def _with_threads(call: Callable[[], object], threads: int) -> Callable[[], object]:

@@ -22,7 +22,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "patterns": frozenset({"core", "ops"}),
     "api": frozenset({"core", "ops", "backends"}),
     "models": frozenset({"core", "patterns", "api"}),
-    "cli": frozenset({"core", "ops", "backends", "patterns", "api", "models"}),
+    "calibrate": frozenset({"core", "patterns", "api", "models"}),
+    "cli": frozenset({"core", "ops", "backends", "patterns", "api", "models", "calibrate"}),
     "plan_file": frozenset({"core"}),
     "testing": frozenset({"core", "ops", "backends", "api"}),
 }

@@ -15,9 +15,9 @@ from permattn.core import (
     BlockIndex,
     Permutation,
     QuantSpec,
-    TextRun,
     TokenBand,
     TokenGrid,
+    TokenRun,
 )
 from permattn.patterns.dense import plan_dense
 from permattn.patterns.mminference import (
@@ -40,9 +40,9 @@ __all__ = [
     "HeadPattern",
     "Permutation",
     "QuantSpec",
-    "TextRun",
     "TokenBand",
     "TokenGrid",
+    "TokenRun",
     "__version__",
     "load_plan",
     "patch",

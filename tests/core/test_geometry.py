@@ -1,6 +1,6 @@
 import pytest
 import torch
-from permattn.core import TextRun, TokenGrid, rank_of_visual_token
+from permattn.core import TokenGrid, TokenRun, rank_of_visual_token
 
 
 def test_grid_without_gaps():
@@ -13,7 +13,7 @@ def test_grid_with_text_between_frames_squeezes_it_out():
     grid = TokenGrid(5, 3, 1, 2, frame_starts=(5, 9, 14))
     assert grid.stop == 16
     assert grid.token_of_rank().tolist() == [5, 6, 9, 10, 14, 15]
-    rank = rank_of_visual_token([TextRun(0, 5), grid], 16)
+    rank = rank_of_visual_token([TokenRun(0, 5), grid], 16)
     assert rank.tolist() == [-1] * 5 + [0, 1, -1, -1, 2, 3, -1, -1, -1, 4, 5]
 
 
@@ -24,8 +24,8 @@ def test_rank_is_cut_at_the_prompt_end():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: TextRun(-1, 3),
-        lambda: TextRun(0, -1),
+        lambda: TokenRun(-1, 3),
+        lambda: TokenRun(0, -1),
         lambda: TokenGrid(-1, 1, 1, 1),
         lambda: TokenGrid(0, 0, 1, 1),
         lambda: TokenGrid(0, 2, 1, 2, frame_starts=(0,)),
@@ -35,5 +35,5 @@ def test_rank_is_cut_at_the_prompt_end():
     ids=["start", "length", "grid-start", "frames", "count", "first", "overlap"],
 )
 def test_bad_segments_raise(make):
-    with pytest.raises(ValueError, match=r"TextRun|TokenGrid"):
+    with pytest.raises(ValueError, match=r"TokenRun|TokenGrid"):
         make()

@@ -145,7 +145,7 @@ def test_layout_of_wrong_things(spliced):
     model, _, _ = spliced
     with (
         patched(model) as handle,
-        pytest.raises(TypeError, match="rows: wants TokenGrid and TextRun segments, got int"),
+        pytest.raises(TypeError, match="rows: wants TokenGrid and TokenRun segments, got int"),
         handle.layout([[3]]),
     ):
         pass

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from permattn import TextRun, TokenGrid, plan_prefill, sparse_attention
+from permattn import TokenGrid, TokenRun, plan_prefill, sparse_attention
 from permattn.patterns.mminference import (
     HeadPattern,
     plan_a_shape,
@@ -43,7 +43,7 @@ HEADS = {
     "slash-at-every-lag": [HeadPattern("vertical_slash", sink=0, local=1, vertical=9, slash=7)] * 4,
 }
 PROMPTS = {
-    "two-videos": (350, 350, [[TextRun(0, 7), VIDEO, SECOND]]),
+    "two-videos": (350, 350, [[TokenRun(0, 7), VIDEO, SECOND]]),
     "chunk": (150, 350, [[VIDEO, SECOND]]),
     "chunk-after-the-video": (20, 350, [[VIDEO]]),
     "timestamps": (170, 170, [[STAMPED]]),
@@ -213,7 +213,7 @@ def test_planning_never_waits_for_the_device_and_makes_nothing_quadratic(padding
             "left_pad, right_pad: .* 8 keys",
         ),
         (
-            lambda q: plan_prefill(q, q, [[TextRun(99, 1)]], [HeadPattern()] * 4),
+            lambda q: plan_prefill(q, q, [[TokenRun(99, 1)]], [HeadPattern()] * 4),
             "starts at 99, past the 8 keys",
         ),
         (lambda q: HeadPattern("gird"), "pattern: wants one of .* got 'gird'"),

@@ -1,7 +1,7 @@
 """Pure data: what the tokens are, how they are permuted, which key blocks a query block sees."""
 
 from permattn.core.block_index import BlockIndex
-from permattn.core.geometry import Segment, TextRun, TokenGrid, rank_of_visual_token
+from permattn.core.geometry import Segment, TokenGrid, TokenRun, rank_of_visual_token
 from permattn.core.permutation import Permutation
 from permattn.core.plan import AttnPart, AttnPlan, TokenBand
 from permattn.core.problem import BwdArgs, FwdArgs, Problem
@@ -17,8 +17,8 @@ __all__ = [
     "Problem",
     "QuantSpec",
     "Segment",
-    "TextRun",
     "TokenBand",
     "TokenGrid",
+    "TokenRun",
     "rank_of_visual_token",
 ]

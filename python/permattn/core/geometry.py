@@ -11,18 +11,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TextRun:
-    """One contiguous run of tokens without spatial structure.
+class TokenRun:
+    """One contiguous run of tokens without spatial structure: text, audio, anything else.
+
+    Args:
+        start, length: in tokens.
+        modality: what the tokens are, as boundary patterns name it. Tokens that no segment claims
+            are text.
 
     Invariants: `start >= 0`, `length >= 0`.
     """
 
     start: int
     length: int
+    modality: str = "text"
 
     def __post_init__(self) -> None:
         if self.start < 0 or self.length < 0:
-            raise ValueError(f"TextRun: start and length must be >= 0, got {self}")
+            raise ValueError(f"TokenRun: start and length must be >= 0, got {self}")
+        check_modality(self.modality)
 
     @property
     def stop(self) -> int:
@@ -38,6 +45,7 @@ class TokenGrid:
         frames, height, width: grid size in tokens (after the vision tower's spatial merge).
         frame_starts: position of the first token of every frame when text (timestamps, separators)
             sits between frames; None when the frames follow each other without a gap.
+        modality: what the tokens are, as boundary patterns name it.
 
     Invariants: every frame is contiguous; `frame_starts` ascends by at least `height * width`.
     """
@@ -47,8 +55,10 @@ class TokenGrid:
     height: int
     width: int
     frame_starts: tuple[int, ...] | None = None
+    modality: str = "vision"
 
     def __post_init__(self) -> None:
+        check_modality(self.modality)
         if self.start < 0 or min(self.frames, self.height, self.width) < 1:
             raise ValueError(f"TokenGrid: start >= 0 and positive sizes wanted, got {self}")
         starts = self.frame_starts
@@ -85,7 +95,13 @@ class TokenGrid:
         return (starts[:, None] + torch.arange(self.tokens_per_frame)).flatten()
 
 
-Segment = TokenGrid | TextRun
+Segment = TokenGrid | TokenRun
+
+
+def check_modality(name: object) -> None:
+    """Raises ValueError unless the name of a modality is a word (commas separate pairs)."""
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"modality: wants a word such as 'text' or 'audio', got {name!r}")
 
 
 def rank_of_visual_token(segments: Sequence[Segment], num_tokens: int) -> Tensor:

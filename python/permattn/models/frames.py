@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from permattn.core import Segment, TextRun, TokenGrid
+from permattn.core import Segment, TokenGrid, TokenRun
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
 
@@ -214,7 +214,7 @@ def segments_before(row: Sequence[Segment], kv_len: int) -> tuple[Segment, ...]:
             if starts:
                 here.append(grid_of_frames(starts, segment.height, segment.width))
         elif segment.start < kv_len:
-            here.append(TextRun(segment.start, kv_len - segment.start))
+            here.append(TokenRun(segment.start, kv_len - segment.start))
     return tuple(here)
 
 

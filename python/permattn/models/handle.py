@@ -175,7 +175,7 @@ class Handle(NotCopyable):
         for segment in itertools.chain.from_iterable(stated):
             if not isinstance(segment, Segment):
                 raise TypeError(
-                    f"rows: wants TokenGrid and TextRun segments, got {type(segment).__name__}"
+                    f"rows: wants TokenGrid and TokenRun segments, got {type(segment).__name__}"
                 )
         context.set_explicit(self._owner, stated)
         try:
