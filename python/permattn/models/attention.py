@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,7 +53,15 @@ _UNSUPPORTED = (
     "indices",
 )
 
+DENSE_LAYER = "dense layer (config)"
+
+OBSERVED = "output of the observer"
+
 Planner = Callable[..., AttnPlan]
+
+# Called as (layer, q, k, v, layout, scale, module); a returned tensor [B, Sq, Hq, Dv] is the
+# attention output that the layer goes on with.
+Observer = Callable[[int, Tensor, Tensor, Tensor, TokenLayout, float, torch.nn.Module], Any]
 
 
 class NotCopyable:
@@ -91,6 +99,12 @@ class CallCounts:
             self.no_labels += 1
 
 
+class Watch:
+    """What looks on while a model runs; shared by its layers. None = nothing does."""
+
+    observer: Observer | None = None
+
+
 @dataclass(eq=False)
 class LayerState(NotCopyable):
     """What the attention function knows about one patched layer.
@@ -101,6 +115,7 @@ class LayerState(NotCopyable):
         key: a 0-dim CPU tensor: compiled graphs take it as an input, where a plain integer would
             become a guard and compile every layer anew.
         report_plan: called with (layer, plan) after planning.
+        watch: where an observer may stand.
     """
 
     owner: object
@@ -112,6 +127,7 @@ class LayerState(NotCopyable):
     counts: CallCounts
     key: Tensor
     report_plan: Callable[[int, AttnPlan], None]
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def always_dense(self) -> bool:
@@ -218,11 +234,14 @@ def permattn_attention(
     if layout is None and layer is not None and not compiling:
         layout = context.current_layout(layer.owner)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    reason = _why_dense_call(layer, query, causal, module.training and dropout, kwargs)
+    reason = _why_dense_call(query, causal, module.training and dropout, kwargs)
     needs_grad = torch.is_grad_enabled() and query.requires_grad
     if compiling and needs_grad and attention_mask is not None and attention_mask.ndim != 2:
         # Known to be dense: SDPA may as well be traced.
         reason = reason or FOUR_D_MASK
+    if layer is not None and layer.always_dense and (compiling or layer.watch.observer is None):
+        # An observer is to see these calls too; the others need not go further.
+        reason = reason or DENSE_LAYER
     if layer is None or reason is not None:
         if layer is not None and reason is not None and not compiling:
             layer.counts.count_dense(reason)
@@ -251,7 +270,14 @@ def run_layer(
 ) -> Tensor:
     """Plans and attends, or attends densely and counts why: [B, Sq, Hq, Dv]."""
     layer: LayerState = getattr(module, LAYER)
-    reason = _why_dense_pass(layer, q, k, mask, layout)
+    reason = _why_dense_pass(q, k, mask, layout)
+    if reason is None and layout is not None and layer.watch.observer is not None:
+        live_k, live_v = k[:, :, : layout.kv_len], v[:, :, : layout.kv_len]
+        seen = layer.watch.observer(layer.index, q, live_k, live_v, layout, scale, module)
+        if isinstance(seen, Tensor):
+            layer.counts.count_dense(OBSERVED)
+            return _checked_output(seen, q, v)
+    reason = reason or _why_dense_config(layer, q)
     if reason is not None or layout is None:
         layer.counts.count_dense(reason or NO_LAYOUT)
         return dense_attention(module, q, k, v, mask, layout, scale, 0.0, None)
@@ -349,15 +375,12 @@ def local_heads(
 
 
 def _why_dense_call(
-    layer: LayerState | None,
     query: Tensor,
     causal: bool,
     dropout: float | bool,
     keywords: dict[str, Any],
 ) -> str | None:
     """Why this call must be dense, from facts that torch.compile may specialise on."""
-    if layer is not None and layer.always_dense:
-        return "dense layer (config)"
     if not causal:
         return "not causal"
     if dropout:
@@ -370,8 +393,26 @@ def _why_dense_call(
     return None
 
 
+def _why_dense_config(layer: LayerState, q: Tensor) -> str | None:
+    """Why the config wants this call dense."""
+    if layer.always_dense:
+        return DENSE_LAYER
+    return "q_len below min_q_len" if q.shape[2] < layer.min_q_len else None
+
+
+def _checked_output(out: Tensor, q: Tensor, v: Tensor) -> Tensor:
+    """What an observer returned. Raises ValueError unless it can stand for the attention output."""
+    want = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+    if out.shape != want or out.dtype != q.dtype or out.device != q.device:
+        raise ValueError(
+            f"observer: wants None or a tensor [B, Sq, Hq, Dv] = {list(want)} of {q.dtype} on "
+            f"{q.device}, got {list(out.shape)} of {out.dtype} on {out.device}"
+        )
+    return out
+
+
 def _why_dense_pass(
-    layer: LayerState, q: Tensor, k: Tensor, mask: Tensor | None, layout: TokenLayout | None
+    q: Tensor, k: Tensor, mask: Tensor | None, layout: TokenLayout | None
 ) -> str | None:
     """Why this pass must be dense, from facts of the pass."""
     if layout is None:
@@ -384,8 +425,6 @@ def _why_dense_pass(
         return "padding between tokens"
     if q.shape[2] != layout.q_len or k.shape[2] < layout.kv_len:
         return "queries or keys do not match the layout"
-    if layout.q_len < layer.min_q_len:
-        return "q_len below min_q_len"
     return None
 
 

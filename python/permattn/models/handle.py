@@ -22,7 +22,9 @@ from permattn.models.attention import (
     NO_LAYOUT,
     CallCounts,
     NotCopyable,
+    Observer,
     Planner,
+    Watch,
     mark_layer,
     unmark_layer,
 )
@@ -109,6 +111,7 @@ class Handle(NotCopyable):
         # A key of its own: state left in another thread's context must not keep the model alive.
         self._owner = object()
         self._counts = CallCounts()
+        self._watch = Watch()
         self._warned = False
         self._layers = layers
         self._capture = LayoutCapture(
@@ -131,6 +134,7 @@ class Handle(NotCopyable):
                 backend=backend,
                 counts=self._counts,
                 report_plan=self._see_plan,
+                watch=self._watch,
             )
         try:
             _switch_on(model, text)
@@ -182,6 +186,29 @@ class Handle(NotCopyable):
             yield self
         finally:
             context.set_explicit(self._owner, None)
+
+    @contextmanager
+    def observe(self, callback: Observer) -> Iterator[Handle]:
+        """Shows the tensors of every prefill attention call, right before it runs.
+
+        Args:
+            callback: called as (layer, q, k, v, layout, scale, module): q [B, Hq, Sq, D], k and v
+                [B, Hkv, Skv, D] after RoPE, cut to the keys that exist, as they are and not
+                copies; the layer's number, its `TokenLayout`, softmax scale and attention module.
+                Layers that the config makes dense are shown too; calls that no plan could run
+                (decoding steps, sliding windows, 4-D masks) are not. A tensor [B, Sq, Hq, Dv] that
+                it returns becomes the layer's attention output, and the layer's own does not run.
+
+        Raises:
+            ValueError: an observer stands there already.
+        """
+        if self._watch.observer is not None:
+            raise ValueError("callback: this model is observed already")
+        self._watch.observer = callback
+        try:
+            yield self
+        finally:
+            self._watch.observer = None
 
     def unpatch(self) -> None:
         """Restores the model: hooks, methods, marks and attention implementation. Idempotent."""
