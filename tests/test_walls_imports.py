@@ -19,11 +19,14 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "triton_kernels": frozenset(),
     "backends": frozenset({"core", "triton_kernels"}),
     "ops": frozenset({"core", "backends"}),
-    "patterns": frozenset({"core", "ops"}),
+    "probe": frozenset({"core", "backends"}),
+    "patterns": frozenset({"core", "ops", "probe"}),
     "api": frozenset({"core", "ops", "backends"}),
     "models": frozenset({"core", "patterns", "api"}),
-    "calibrate": frozenset({"core", "patterns", "api", "models"}),
-    "cli": frozenset({"core", "ops", "backends", "patterns", "api", "models", "calibrate"}),
+    "calibrate": frozenset({"core", "probe", "patterns", "api", "models"}),
+    "cli": frozenset(
+        {"core", "ops", "backends", "probe", "patterns", "api", "models", "calibrate"}
+    ),
     "plan_file": frozenset({"core"}),
     "testing": frozenset({"core", "ops", "backends", "api"}),
 }

@@ -1,7 +1,7 @@
 """Backends compete: each says why it cannot run a problem; a named one never falls back.
 
-A backend is a module in this folder with `NAME`, `why_not`, `forward` and `backward`. Modules
-import nothing heavy at the top: kernels are imported inside functions.
+A backend is a module in this folder with `NAME`, `why_not`, `forward`, `backward`, `why_not_probe`
+and `probe`. Modules import nothing heavy at the top: kernels are imported inside functions.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from permattn.backends import cpu, reference, triton
+from permattn.core.probe import Masses, ProbeArgs, ProbeProblem
 from permattn.core.problem import BwdArgs, FwdArgs, Problem
 
 
@@ -28,17 +29,29 @@ class Backend(Protocol):
     def backward(self, args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv in the shapes and dtypes of q, k, v."""
 
+    def why_not_probe(self, problem: ProbeProblem) -> str | None:
+        """As `why_not`, of a probe."""
+
+    def probe(self, args: ProbeArgs) -> Masses:
+        """lse, column, square and diagonal of `core.probe.ProbeMass`; nothing of size R x Skv."""
+
 
 BACKENDS: dict[str, Backend] = {m.NAME: m for m in (triton, cpu, reference)}
 AUTO_ORDER: tuple[str, ...] = ("triton", "cpu", "reference")
 
 
-def reasons(problem: Problem) -> dict[str, str | None]:
+def reasons(problem: Problem | ProbeProblem) -> dict[str, str | None]:
     """Why each backend cannot run the problem; None where it can."""
-    return {name: BACKENDS[name].why_not(problem) for name in AUTO_ORDER}
+    return {name: _why_not(name, problem) for name in AUTO_ORDER}
 
 
-def resolve(problem: Problem, backend: str) -> str:
+def _why_not(name: str, problem: Problem | ProbeProblem) -> str | None:
+    if isinstance(problem, ProbeProblem):
+        return BACKENDS[name].why_not_probe(problem)
+    return BACKENDS[name].why_not(problem)
+
+
+def resolve(problem: Problem | ProbeProblem, backend: str) -> str:
     """The backend that will run.
 
     Args:
@@ -50,13 +63,13 @@ def resolve(problem: Problem, backend: str) -> str:
     """
     if backend == "auto":
         for name in AUTO_ORDER:
-            if BACKENDS[name].why_not(problem) is None:
+            if _why_not(name, problem) is None:
                 return name
         listed = "; ".join(f"{name}: {why}" for name, why in reasons(problem).items())
         raise NotImplementedError(f"no backend can run this problem. {listed}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: wants one of {['auto', *AUTO_ORDER]}, got {backend!r}")
-    why = BACKENDS[backend].why_not(problem)
+    why = _why_not(backend, problem)
     if why is not None:
         raise NotImplementedError(f"backend {backend!r} cannot run this problem: {why}")
     return backend

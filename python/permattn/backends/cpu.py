@@ -14,6 +14,7 @@ from torch import Tensor
 
 from permattn.core.packing import pack_plan
 from permattn.core.plan import AttnPlan
+from permattn.core.probe import Masses, ProbeArgs, ProbeProblem
 from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out
 
 NAME = "cpu"
@@ -85,6 +86,14 @@ def why_not(problem: Problem) -> str | None:
     if problem.quant.is_quantised:
         return "does not quantise"
     return _why_unusable()
+
+
+def why_not_probe(problem: ProbeProblem) -> str | None:
+    return f"has no probe for {problem.device_type}"
+
+
+def probe(args: ProbeArgs) -> Masses:
+    raise NotImplementedError("no probe")
 
 
 def forward(args: FwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor]:

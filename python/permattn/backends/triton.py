@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from permattn.core.plan import AttnPlan
+from permattn.core.probe import Masses, ProbeArgs, ProbeProblem
 from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out
 
 if TYPE_CHECKING:
@@ -44,6 +45,14 @@ def why_not(problem: Problem) -> str | None:
         if major < 8:
             return f"needs compute capability 8.0 or newer, got {major}.{minor}"
     return None
+
+
+def why_not_probe(problem: ProbeProblem) -> str | None:
+    return f"has no probe for {problem.device_type}"
+
+
+def probe(args: ProbeArgs) -> Masses:
+    raise NotImplementedError("no probe")
 
 
 def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:
