@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from permattn.core import TokenGrid
+from permattn.core import TokenGrid, TokenRun
 from permattn.models import attention, patch
 from transformers import DynamicCache
 
@@ -19,7 +19,7 @@ from .checks import (
     logits,
     patched,
 )
-from .tiny import Case, text_case, token_types
+from .tiny import Case, grids_of, text_case, token_types
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl", "llava_onevision"]
 EMBEDDED = ["qwen3_vl", "llava_onevision"]
@@ -203,8 +203,8 @@ def test_second_turn(case_of, name, chunk):
     with patched(case.model, plans):
         got, shift = two_turns(case, **options)
     assert_same_generation(got, want)
-    (old,) = case.rows[0]
-    found = plans.calls[-1][0][0]
+    (old,) = grids_of(case.rows[0])
+    found = grids_of(plans.calls[-1][0][0])
     assert found[0] == old
     assert [(grid.start, grid.frames) for grid in found[1:]] == [(old.start + shift, old.frames)]
 
@@ -218,8 +218,8 @@ def test_chunks_of_a_batch(case_of):
     for rows, _, length in plans.passes:
         for found, truth in zip(rows, case.rows, strict=True):
             whole = [min(grid.frames, (length - grid.start) // 6) for grid in truth]
-            assert [grid.frames for grid in found] == [n for n in whole if n > 0]
-            assert [grid.start for grid in found] == [
+            assert [grid.frames for grid in grids_of(found)] == [n for n in whole if n > 0]
+            assert [grid.start for grid in grids_of(found)] == [
                 grid.start for grid, n in zip(truth, whole, strict=True) if n > 0
             ]
 
@@ -244,9 +244,10 @@ def test_cache_cut_back(case_of):
     with patched(model, plans):
         got = run()
     assert (got - want).abs().max().item() <= BOUND
-    # The rest of the cut frame is not a multiple of a frame any more: the run counts as text.
+    # The rest of the cut frame is not a multiple of a frame any more: nothing is sure of its grid.
     assert plans.calls[0][0] == case.rows
-    assert plans.calls[-1] == (((),), 12, length - 18)
+    run = TokenRun(4, length - 30 - 4, "vision")
+    assert plans.calls[-1] == (((run,),), 12, length - 18)
 
 
 @pytest.mark.parametrize("videos", ["ONE", "BATCH"])

@@ -6,12 +6,12 @@ Vocabulary: 0 pad, 1 bos, 2 eos, 3 image, 4 video, 5 vision start, 6 vision end,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
-from permattn.core import TokenGrid
+from permattn.core import Segment, TokenGrid, TokenRun
 from torch import Tensor
 
 PAD, BOS, EOS, IMAGE_ID, VIDEO_ID, VISION_START, VISION_END = range(7)
@@ -66,11 +66,11 @@ BATCH: Videos = [[(6, 4, 6)], [(6, 4, 6), (6, 4, 6)]]
 
 @dataclass
 class Case:
-    """A model, inputs for it, and the grids that its prompts really hold, per batch row."""
+    """A model, inputs for it, and the segments that its prompts really hold, per batch row."""
 
     model: Any
     inputs: dict[str, Tensor]
-    rows: tuple[tuple[TokenGrid, ...], ...]
+    rows: tuple[tuple[Segment, ...], ...]
 
     @property
     def real(self) -> Tensor:
@@ -78,13 +78,23 @@ class Case:
         return self.inputs["attention_mask"].bool()
 
 
+def grids_of(row: tuple[Segment, ...]) -> list[TokenGrid]:
+    """The segments of a row that are grids."""
+    return [segment for segment in row if isinstance(segment, TokenGrid)]
+
+
 class Prompts:
-    """Writes rows of token ids and remembers where the frames began."""
+    """Writes rows of token ids and remembers where the frames began.
+
+    Attributes:
+        runs: what stands in the row that is being written, and is neither text nor a grid.
+    """
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
         self.ids: list[list[int]] = []
-        self.grids: list[list[TokenGrid]] = []
+        self.segments: list[list[Segment]] = []
+        self.runs: list[TokenRun] = []
 
     def text(self, n: int) -> list[int]:
         return torch.randint(10, VOCABULARY, (n,), generator=self.generator).tolist()
@@ -92,6 +102,7 @@ class Prompts:
     def add_row(self, videos: list[tuple[int, int, int]], write: Callable) -> None:
         """`write(row, frames)` appends one video to a row and returns the starts of its frames."""
         row, grids = [BOS, *self.text(3)], []
+        self.runs = []
         for frames, height, width in videos:
             starts = write(row, frames, height, width)
             gaps = starts[-1] - starts[0] != (frames - 1) * height * width
@@ -100,25 +111,25 @@ class Prompts:
             )
             row += self.text(3)
         self.ids.append(row + self.text(4))
-        self.grids.append(grids)
+        self.segments.append(sorted((*grids, *self.runs), key=lambda segment: segment.start))
 
     def padded(self, side: str = "left") -> tuple[dict[str, Tensor], tuple]:
         length = max(map(len, self.ids))
         ids, mask, rows = [], [], []
-        for row, grids in zip(self.ids, self.grids, strict=True):
+        for row, segments in zip(self.ids, self.segments, strict=True):
             pad = length - len(row)
             left, right = (pad, 0) if side == "left" else (0, pad)
             ids.append([PAD] * left + row + [PAD] * right)
             mask.append([0] * left + [1] * len(row) + [0] * right)
-            rows.append(tuple(_moved(grid, left) for grid in grids))
+            rows.append(tuple(_moved(segment, left) for segment in segments))
         inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
         return inputs, tuple(rows)
 
 
-def _moved(grid: TokenGrid, by: int) -> TokenGrid:
-    starts = grid.frame_starts
-    moved = None if starts is None else tuple(s + by for s in starts)
-    return TokenGrid(grid.start + by, grid.frames, grid.height, grid.width, moved)
+def _moved(segment: Segment, by: int) -> Segment:
+    starts = getattr(segment, "frame_starts", None)
+    moved = {} if starts is None else {"frame_starts": tuple(s + by for s in starts)}
+    return replace(segment, start=segment.start + by, **moved)
 
 
 def token_types(ids: Tensor) -> Tensor:
@@ -204,7 +215,9 @@ def _frames_inputs(
             row += [token] * (height * width)
             if wrapped:
                 row.append(VISION_END)
-        row += [token] * tail
+        if tail:
+            prompts.runs.append(TokenRun(len(row), tail, "vision"))
+            row += [token] * tail
         return starts
 
     for row in videos:

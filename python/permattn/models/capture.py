@@ -17,7 +17,7 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from permattn.core import Segment
 from permattn.models import context
 from permattn.models.attention import LAYOUT_KEYWORD, NAME, CallCounts, NotCopyable
 from permattn.models.frames import (
+    AUDIO,
     IMAGE,
     TEXT,
     VIDEO,
@@ -35,11 +36,23 @@ from permattn.models.frames import (
     Rows,
     Size,
     segments_before,
+    with_runs,
 )
 from permattn.models.layout import Family, TokenLayout, padding_of_mask
 
 _GRID_KEYWORDS = {IMAGE: "image_grid_thw", VIDEO: "video_grid_thw"}
-_OBSERVED = ("input_ids", "mm_token_type_ids", *_GRID_KEYWORDS.values())
+# Patches per token along height and width, image by image, where the model is told them.
+_MERGE_KEYWORDS = {IMAGE: "image_merge_sizes", VIDEO: "video_merge_sizes"}
+_KEPT_KEYWORD = "video_compression_mask"
+_OBSERVED = (
+    "input_ids",
+    "mm_token_type_ids",
+    _KEPT_KEYWORD,
+    *_GRID_KEYWORDS.values(),
+    *_MERGE_KEYWORDS.values(),
+)
+
+TOKENS_DROPPED = "video tokens were dropped (video_compression_mask)"
 
 Sizes = tuple[Size, ...]
 
@@ -52,6 +65,7 @@ class _Seen:
     coordinates: Tensor | None = None
     grids: dict[int, Sizes] = field(default_factory=dict)
     rows: Rows | None = None
+    dropped: bool = False
 
 
 class LayoutCapture(NotCopyable):
@@ -126,11 +140,11 @@ class LayoutCapture(NotCopyable):
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
         arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-        grid = arguments.get(_GRID_KEYWORDS[kind])
         with context.vision_call() as is_outer:
-            if is_outer and grid is not None:
+            if is_outer:
+                sizes = _sizes(arguments, kind)
                 context.add_pending(
-                    [context.PendingGrid(self._owner, kind, size) for size in _sizes(grid)]
+                    [context.PendingGrid(self._owner, kind, size) for size in sizes]
                 )
             return original(*args, **kwargs)
 
@@ -209,12 +223,15 @@ class LayoutCapture(NotCopyable):
         has_gaps = False
         if mask is not None and mask.ndim == 2:
             left_pad, right_pad, has_gaps = padding_of_mask(mask[:, : q_offset + q_len])
-        rows = self._rows_of(inputs, cache, batch, q_len, q_offset)
+        rows, dropped = self._rows_of(inputs, cache, batch, q_len, q_offset)
+        if dropped:
+            reason = reason or TOKENS_DROPPED
         return TokenLayout(rows, left_pad, right_pad, q_offset, q_len, has_gaps, reason)
 
     def _rows_of(
         self, inputs: dict[str, Any], cache: Any, batch: int, q_len: int, q_offset: int
-    ) -> Rows:
+    ) -> tuple[Rows, bool]:
+        """Segments per row, and whether tokens of a video are missing from the prompt."""
         seen = self._seen.get(cache) if cache is not None and q_offset else None
         seen = seen if seen is not None else _Seen()
         if cache is not None:
@@ -223,36 +240,37 @@ class LayoutCapture(NotCopyable):
         stated = context.explicit(self._owner)
         seen.rows = stated if stated is not None else seen.rows
         if seen.rows is not None:
-            return _repeat(seen.rows, batch, q_offset + q_len)
+            return _repeat(seen.rows, batch, q_offset + q_len), False
         inputs = {**inputs, **(context.observed() or {})}
+        kept = inputs.get(_KEPT_KEYWORD)
+        if kept is not None and not bool(kept.all()):
+            seen.dropped = True
         labels = self._labels_of(inputs, batch, q_len)
         if labels is None:
             self._counts.count_no_labels()
             labels = torch.full((batch, q_len), TEXT)
         seen.labels = _append(seen.labels, labels, q_offset)
         rule = self._family.frames
-        if rule is None:
-            return ((),) * batch
+        if rule is None or seen.dropped:
+            return with_runs(((),) * batch, seen.labels), seen.dropped
         positions = inputs.get("position_ids")
         if positions is not None and positions.ndim == 3 and positions.shape[1] == batch:
             # M-RoPE: (frame, height, width), or (text, frame, height, width).
             place = positions[-2:].permute(1, 2, 0).cpu().int()
             seen.coordinates = _append(seen.coordinates, place, q_offset)
         grids = {}
-        for kind, keyword in _GRID_KEYWORDS.items():
-            given = inputs.get(keyword)
-            new = _sizes(given) if given is not None else ()
-            new = new or tuple(grid.size for grid in pending if grid.kind == kind)
+        for kind in _GRID_KEYWORDS:
+            new = _sizes(inputs, kind) or tuple(grid.size for grid in pending if grid.kind == kind)
             grids[kind] = self._choose(seen.labels, kind, seen.grids.get(kind, ()), new)
         seen.grids = grids
-        return rule.rows(seen.labels, grids, seen.coordinates)
+        return with_runs(rule.rows(seen.labels, grids, seen.coordinates), seen.labels), False
 
     def _labels_of(self, inputs: dict[str, Any], batch: int, q_len: int) -> Tensor | None:
         """int64 [B, q_len] on the CPU; None where nothing tells."""
         types = inputs.get("mm_token_type_ids")
         if types is not None and types.shape[0] == batch and types.shape[-1] >= q_len:
             labels = types[:, -q_len:].cpu().long()
-            return torch.where(labels > VIDEO, TEXT, labels)
+            return torch.where(labels > AUDIO, TEXT, labels)
         ids = inputs.get("input_ids")
         if ids is None or ids.shape != (batch, q_len):
             return None
@@ -272,8 +290,13 @@ class LayoutCapture(NotCopyable):
         return new if repeats_old else old + new
 
 
-def _sizes(grid: Tensor) -> Sizes:
-    return tuple((t, h, w) for t, h, w in grid.tolist())
+def _sizes(inputs: Mapping[str, Any], kind: int) -> Sizes:
+    """(frames, height, width) of every image or video, in tokens where merge sizes are given."""
+    grid, merge = inputs.get(_GRID_KEYWORDS[kind]), inputs.get(_MERGE_KEYWORDS[kind])
+    if grid is None:
+        return ()
+    merges = [1] * len(grid) if merge is None else torch.as_tensor(merge).tolist()
+    return tuple((t, h // m, w // m) for (t, h, w), m in zip(grid.tolist(), merges, strict=False))
 
 
 def _append(before: Tensor | None, new: Tensor, q_offset: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from permattn.core import Segment, TokenGrid, TokenRun
 
-TEXT, IMAGE, VIDEO = 0, 1, 2
+# The numbers of transformers' mm_token_type_ids.
+TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
 
 # Longest text ("Frame12: ", "<12.5 seconds>") between two frames of one video.
 MAX_GAP = 64
@@ -28,14 +29,14 @@ class FrameRule(Protocol):
         """Segments per batch row.
 
         Args:
-            labels: int [B, S] on the CPU, TEXT, IMAGE or VIDEO per key position. In chunked prefill
-                the last video may be cut: its whole frames count.
-            grids: (frames, height, width) per IMAGE and VIDEO in prompt order, in patches, where
-                the vision tower was given them.
+            labels: int [B, S] on the CPU, TEXT, IMAGE, VIDEO or AUDIO per key position. In chunked
+                prefill the last video may be cut: its whole frames count.
+            grids: (frames, height, width) per IMAGE and VIDEO in prompt order, in patches (in
+                tokens where the model is told merge sizes), where the vision tower was given them.
             coordinates: int [B, S, 2] on the CPU, (height, width) position of every token, where
                 the model's position ids tell them.
 
-        Returns: what is certain. Tokens that fit no grid are left out and so count as text.
+        Returns: grids that are certain. `with_runs` adds the other tokens that are not text.
         """
 
 
@@ -64,7 +65,7 @@ class GridPerVideo:
         streams = {kind: iter(sizes) for kind, sizes in grids.items()}
         rows: list[tuple[Segment, ...]] = []
         for label in labels[::copies]:
-            row: list[TokenGrid] = []
+            row: list[Segment] = []
             for kind, sizes in streams.items():
                 row += self._grids_of_kind((label == kind).nonzero().flatten(), sizes)
             rows += [_sorted(row)] * copies
@@ -118,6 +119,7 @@ class FixedFrames:
 
     Args:
         height, width: tokens of one frame.
+        head: tokens before the grid of every frame that are no part of it (a class token).
         tail: tokens after the last frame of a video that belong to no frame (a newline).
         as_images: frames are written as images, one run each. A video and a series of images look
             alike then: runs of one frame with at most MAX_GAP tokens between them form one grid.
@@ -125,6 +127,7 @@ class FixedFrames:
 
     height: int
     width: int
+    head: int = 0
     tail: int = 0
     as_images: bool = False
 
@@ -133,23 +136,26 @@ class FixedFrames:
         build = self._frames_as_images if self.as_images else self._videos
         return tuple(tuple(build(label)) for label in labels)
 
+    @property
+    def _per_frame(self) -> int:
+        return self.head + self.height * self.width
+
     def _videos(self, label: Tensor) -> list[TokenGrid]:
-        per_frame = self.height * self.width
         grids = []
         for start, stop in runs(label == VIDEO):
-            frames, rest = divmod(stop - start - self.tail, per_frame)
+            frames, rest = divmod(stop - start - self.tail, self._per_frame)
             if rest and stop == len(label):
-                frames, rest = (stop - start) // per_frame, 0
+                frames, rest = (stop - start) // self._per_frame, 0
             if frames and not rest:
-                grids.append(TokenGrid(start, frames, self.height, self.width))
+                starts = range(start + self.head, stop, self._per_frame)[:frames]
+                grids.append(grid_of_frames(list(starts), self.height, self.width))
         return grids
 
     def _frames_as_images(self, label: Tensor) -> list[TokenGrid]:
-        per_frame = self.height * self.width
         frames = [
-            ([start], self.height, self.width)
+            ([start + self.head], self.height, self.width)
             for start, stop in runs(label == IMAGE)
-            if stop - start == per_frame
+            if stop - start == self._per_frame
         ]
         return joined_frames(frames)
 
@@ -213,9 +219,40 @@ def segments_before(row: Sequence[Segment], kv_len: int) -> tuple[Segment, ...]:
             starts = first[first + per_frame <= kv_len].tolist()
             if starts:
                 here.append(grid_of_frames(starts, segment.height, segment.width))
+            here += cut_frame(first, per_frame, kv_len, segment.modality)
         elif segment.start < kv_len:
-            here.append(TokenRun(segment.start, kv_len - segment.start))
+            here.append(TokenRun(segment.start, kv_len - segment.start, segment.modality))
     return tuple(here)
+
+
+def cut_frame(first: Tensor, per_frame: int, kv_len: int, modality: str) -> list[TokenRun]:
+    """The frame that the end of the keys cuts, as a run of its modality."""
+    cut = first[(first < kv_len) & (first + per_frame > kv_len)].tolist()
+    return [TokenRun(start, kv_len - start, modality) for start in cut]
+
+
+def with_runs(rows: Rows, labels: Tensor) -> Rows:
+    """Adds what is neither text nor in a grid: audio, newlines of a video, images without a grid.
+
+    Args:
+        rows: the grids of every batch row.
+        labels: int [B, S] on the CPU.
+    """
+    return tuple(
+        _sorted((*row, *_runs_outside(row, label))) for row, label in zip(rows, labels, strict=True)
+    )
+
+
+def _runs_outside(row: Sequence[Segment], label: Tensor) -> list[TokenRun]:
+    visual = (label == IMAGE) | (label == VIDEO)
+    for segment in row:
+        if isinstance(segment, TokenGrid):
+            visual[segment.token_of_rank()] = False
+    return [
+        TokenRun(start, stop - start, modality)
+        for modality, mask in (("vision", visual), ("audio", label == AUDIO))
+        for start, stop in runs(mask)
+    ]
 
 
 def runs(mask: Tensor) -> list[tuple[int, int]]:
@@ -225,5 +262,5 @@ def runs(mask: Tensor) -> list[tuple[int, int]]:
     return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
-def _sorted(grids) -> tuple[Segment, ...]:
-    return tuple(sorted(grids, key=lambda grid: grid.start))
+def _sorted(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    return tuple(sorted(segments, key=lambda segment: segment.start))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from permattn.models.frames import IMAGE, TEXT, VIDEO, FrameRule, Rows
+from permattn.models.frames import AUDIO, IMAGE, TEXT, VIDEO, FrameRule, Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,22 +47,23 @@ class Family:
     """What differs between model families; everything else is generic.
 
     Args:
-        image_token, video_token: placeholder ids in `input_ids`.
-        frames: how the placeholders form grids; None = unknown: every token counts as text.
+        image_token, video_token, audio_token: placeholder ids in `input_ids`.
+        frames: how the placeholders form grids; None = unknown: no token is in a grid.
     """
 
     image_token: int | None = None
     video_token: int | None = None
+    audio_token: int | None = None
     frames: FrameRule | None = None
 
     def labels_of_ids(self, input_ids: Tensor) -> Tensor:
-        """int64 [B, S] on the CPU: TEXT, IMAGE or VIDEO."""
+        """int64 [B, S] on the CPU: TEXT, IMAGE, VIDEO or AUDIO."""
         input_ids = input_ids.cpu()
         labels = torch.full(input_ids.shape, TEXT, dtype=torch.long)
-        if self.image_token is not None:
-            labels[input_ids == self.image_token] = IMAGE
-        if self.video_token is not None:
-            labels[input_ids == self.video_token] = VIDEO
+        tokens = {IMAGE: self.image_token, VIDEO: self.video_token, AUDIO: self.audio_token}
+        for kind, token in tokens.items():
+            if token is not None:
+                labels[input_ids == token] = kind
         return labels
 
 
