@@ -20,6 +20,7 @@ from permattn.core import (
     TokenRun,
 )
 from permattn.patterns.dense import plan_dense
+from permattn.patterns.flexprefill import plan_flexprefill
 from permattn.patterns.mminference import (
     HeadPattern,
     plan_a_shape,
@@ -28,6 +29,7 @@ from permattn.patterns.mminference import (
     plan_tri_shape,
     plan_vertical_slash,
 )
+from permattn.patterns.xattention import plan_xattention
 from permattn.plan_file import load_plan, save_plan
 
 if TYPE_CHECKING:
@@ -49,10 +51,12 @@ __all__ = [
     "permute_tokens",
     "plan_a_shape",
     "plan_dense",
+    "plan_flexprefill",
     "plan_grid_prefill",
     "plan_prefill",
     "plan_tri_shape",
     "plan_vertical_slash",
+    "plan_xattention",
     "save_plan",
     "scaled_dot_product_attention",
     "sparse_attention",

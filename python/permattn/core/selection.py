@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from permattn.core.block_index import BlockIndex
-from permattn.core.plan import ceil_div
+from permattn.core.permutation import Permutation
+from permattn.core.plan import AttnPart, AttnPlan, TokenBand, ceil_div
 
 # Scores of that many bytes are looked at together: at 1M tokens in blocks of 64, all scores of 28
 # heads would take 30 GB.
@@ -71,6 +72,7 @@ def strongest_blocks(
     coverage: float | Tensor | None,
     max_blocks: int,
     scale: float,
+    allowed_start: Tensor | None = None,
 ) -> Tensor:
     """The key blocks of highest pooled score of every query block.
 
@@ -86,6 +88,7 @@ def strongest_blocks(
             blocks, within the budget; a number, a tensor [Hq], or None. 1 = the budget alone.
         max_blocks: columns of the result, a bound on every budget known to the host.
         scale: multiplies the scores.
+        allowed_start: int64 [B], the first block of every batch row that holds keys; None = 0.
 
     Returns: int32 [B, Hq, nQ, max_blocks], ascending, -1 past the chosen ones. Of equal scores the
     lower block wins.
@@ -108,6 +111,9 @@ def strongest_blocks(
         # The query heads of one key head lie side by side: no key block is repeated for them.
         rows = q_blocks[:, :, i:end].unflatten(1, (hkv, hq // hkv)).flatten(2, 3)
         score = (rows @ keys).unflatten(2, (hq // hkv, end - i)).flatten(1, 2)
+        if allowed_start is not None:
+            before = torch.arange(num_kv, device=score.device) < allowed_start[:, None, None, None]
+            score = score.masked_fill(before, float("-inf"))
         out[:, :, i:end] = strongest_of(score, stop[..., i:end], budget, coverage, max_blocks)
     return out
 
@@ -142,7 +148,7 @@ def strongest_of(
     first = score if forced is None else score.masked_fill(forced, float("inf"))
     ranked = _ordered_key(first).topk(min(max_blocks, num_kv), dim=-1).values
     block = _LOW_32 - (ranked & _LOW_32)
-    keep = block < allowed_stop[..., None]
+    keep = (block < allowed_stop[..., None]) & (first.gather(-1, block) > float("-inf"))
     if not (isinstance(budget, int) and budget >= max_blocks):
         rank = torch.arange(block.shape[-1], device=score.device)
         keep &= rank < _per_head(budget)
@@ -177,6 +183,47 @@ def list_blocks(kv_blocks: Tensor, full: Tensor | None, block_q: int, block_kv: 
     return BlockIndex.from_padded(
         key & (_PARTIAL - 1), used.sum(-1), is_full.sum(-1), block_q, block_kv
     )
+
+
+def causal_blocks(q: Tensor, k: Tensor, block: int) -> tuple[Permutation, Tensor]:
+    """Query blocks that start at multiples of `block` by position, as key blocks do.
+
+    Args:
+        q, k: [B, Hq, Sq, D] and [B, Hkv, Skv, D]; the queries are the last Sq of Skv positions.
+        block: tokens per block.
+
+    Returns: (queries, holes before the first where it does not start a block; int64 [nQ]: how many
+    key blocks each query block may see, the last of them its own).
+
+    Raises:
+        ValueError: sizes that disagree; names the argument.
+    """
+    if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            "q, k: want [B, Hq, Sq, D] and [B, Hkv, Skv, D], got "
+            f"{list(q.shape)} and {list(k.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"k: Hq % Hkv must be 0, got Hq = {q.shape[1]}, Hkv = {k.shape[1]}")
+    offset = k.shape[2] - q.shape[2]
+    if offset < 0:
+        raise ValueError(f"q: wants at most as many rows as keys ({k.shape[2]}), got {q.shape[2]}")
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise ValueError(f"block: wants an integer >= 1, got {block!r}")
+    pad = offset % block if q.shape[2] else 0
+    perm = Permutation.identity(q.shape[2], q.device)
+    if pad:
+        token = torch.nn.functional.pad(perm.token_of_slot, (pad, 0), value=-1)
+        perm = Permutation(token, perm.slot_of_token + pad)
+    num_blocks = ceil_div(perm.num_slots, block)
+    return perm, torch.arange(num_blocks, device=q.device) + (offset // block + 1)
+
+
+def plan_causal_blocks(q_perm: Permutation, num_kv_tokens: int, index: BlockIndex) -> AttnPlan:
+    """The lower-right causal plan of blocks from `causal_blocks`: one part, keys in token order."""
+    kv_perm = Permutation.identity(num_kv_tokens, q_perm.token_of_slot.device)
+    band = TokenBand(min_lag=q_perm.num_tokens - num_kv_tokens)
+    return AttnPlan((AttnPart(q_perm, kv_perm, index, band),), validate=False)
 
 
 def _ordered_key(score: Tensor) -> Tensor:
