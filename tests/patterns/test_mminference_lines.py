@@ -4,23 +4,16 @@ import pytest
 import torch
 from permattn import TokenGrid, plan_prefill
 from permattn.patterns.mminference import HeadPattern
-from permattn.patterns.mminference import probe as probe_module
-from permattn.patterns.mminference.lines import choose_lines
-from permattn.patterns.mminference.probe import (
-    column_mass,
-    diagonal_mass,
-    make_probe,
-    slash_mass,
-    vertical_mass,
-)
-from permattn.patterns.mminference.prompt import describe_prompt
+from permattn.patterns.mminference.streams import describe_streams
 from permattn.testing import visible_pairs
 
-CPU = torch.device("cpu")
+from .reference_masks import lines_of
 
 
-def prompt(segments, n, skv=None):
-    return describe_prompt((tuple(segments),), n, skv or n, (0,), (0,), CPU)
+def chosen(q, k, row, heads):
+    """What the planner chose where there is one stream."""
+    _, [(_, lines)] = lines_of(q, k, [row], heads)
+    return lines
 
 
 def planted(grid: TokenGrid, n: int, stride: int, phase: int, signal: float, heads: int):
@@ -48,7 +41,7 @@ def test_stride_and_phase_of_planted_grids():
         phase = int(torch.randint(stride, (1,), generator=g))
         q, k = planted(grid, n, stride, phase, 4.0, heads=8)
         heads = [HeadPattern("grid", strides=tuple(options), local=16, sink=0)] * 8
-        (lines,) = choose_lines(q, k, prompt([grid], n), heads).grids[0]
+        (lines,) = chosen(q, k, [grid], heads).grids[0]
         right += int(((lines.v_stride == stride) & (lines.v_phase == phase)).sum())
         total += 8
     assert total == 400 and right >= 392, f"{right} of {total}"
@@ -66,7 +59,7 @@ def test_same_place_in_earlier_frames_is_found_at_every_shift(phase):
     k[:, :, grid.token_of_rank(), :6] += 5 * code[rank % 6]
     q[:, :, grid.token_of_rank(), :6] += 5 * code[(rank - phase) % 6]
     heads = [HeadPattern("auto", local=12), HeadPattern("auto", local=12, s=False)]
-    (lines,) = choose_lines(q, k, prompt([grid], n), heads).grids[0]
+    (lines,) = chosen(q, k, [grid], heads).grids[0]
     assert (int(lines.s_stride[0]), int(lines.s_phase[0])) == (6, phase)
     assert int(lines.s_stride[1]) == 0
 
@@ -78,7 +71,7 @@ def test_each_video_gets_its_own_phase():
     q, k = planted(one, n, 12, 5, 6.0, heads=2)
     k[:, :, two.token_of_rank()[17::20], 0] += 6.0
     heads = [HeadPattern("grid", strides=("frame",), local=8, sink=0)] * 2
-    first, second = choose_lines(q, k, prompt([one, two], n), heads).grids[0]
+    first, second = chosen(q, k, [one, two], heads).grids[0]
     assert first.v_stride.tolist() == [12, 12] and first.v_phase.tolist() == [5, 5]
     assert second.v_stride.tolist() == [20, 20] and second.v_phase.tolist() == [17, 17]
 
@@ -88,49 +81,89 @@ def test_auto_leaves_noise_alone():
     grid = TokenGrid(4, 50, 4, 5)
     n = grid.stop + 10
     q, k = torch.randn(1, 4, n, 16) * 0.3, torch.randn(1, 4, n, 16) * 0.3
-    lines = choose_lines(q, k, prompt([grid], n), [HeadPattern(local=32, sink=2, last=8)] * 4)
+    lines = chosen(q, k, [grid], [HeadPattern(local=32, sink=2, last=8)] * 4)
     assert (lines.grids[0][0].v_stride == 0).all() and (lines.grids[0][0].s_stride == 0).all()
     assert lines.columns.sum() == 4 * 2 and (lines.slashes == -1).all()
     assert lines.rows.sum() == 4 * 10
 
 
-@pytest.mark.parametrize("chunk", [1 << 28, 1], ids=["whole", "chunks"])
-def test_masses_are_those_of_the_softmax(chunk, monkeypatch):
-    monkeypatch.setattr(probe_module, "_CHUNK_BYTES", chunk)
+def test_a_video_is_probed_with_its_own_rows():
+    """The first video's queries show its slash lines, though a second one follows."""
+    one, two = TokenGrid(3, 40, 2, 3), TokenGrid(250, 30, 2, 4)
+    n = two.stop + 5
     torch.manual_seed(0)
-    n, skv = 300, 2500
-    q, k = torch.randn(1, 4, n, 8, dtype=torch.float64), torch.randn(1, 2, skv, 8).double()
-    frames = tuple(2100 + 11 * i for i in range(30))
-    grid = TokenGrid(2100, 30, 2, 4, frame_starts=frames)
-    where = prompt([grid], n, skv)
-    probe = make_probe(q, k, where, visual=True)
-    assert (probe.whole is None) == (chunk == 1)
-    last = probe.first_position[0] + 63
-    assert last == grid.stop - 1
-    rows = torch.arange(last - 63, last + 1)
-    score = q[:, :, rows - (skv - n)] @ k.repeat_interleave(2, 1).mT * 8**-0.5
-    lag = rows[:, None] - torch.arange(skv)
-    p = torch.softmax(score.masked_fill(lag < 0, float("-inf")), -1)
-    torch.testing.assert_close(column_mass(probe).double(), p.mean(2), atol=1e-6, rtol=1e-4)
-    by_lag = torch.zeros(1, 4, skv).double()
-    flat = lag.clamp_min(0).flatten().expand(1, 4, -1)
-    by_lag.scatter_add_(-1, flat, torch.where(lag >= 0, p, 0.0).flatten(2))
-    torch.testing.assert_close(diagonal_mass(probe).double(), by_lag / 64, atol=1e-6, rtol=1e-4)
-    before = 2300
-    (slash,) = slash_mass(probe, 0, where.grids[0][0], (8,), before)
-    ((vertical, _),) = vertical_mass(column_mass(probe)[0], where.grids[0][0], (8,), before)
-    token = grid.token_of_rank()
-    rank_of = {int(t): r for r, t in enumerate(token)}
-    want_v, want_s = torch.zeros(4, 8).double(), torch.zeros(4, 8).double()
-    visual = [r for r in range(64) if int(rows[r]) in rank_of]
-    for t, r in rank_of.items():
-        if t < before:
-            want_v[:, r % 8] += p[0, :, :, t].mean(1)
-            for row in visual:
-                c = (rank_of[int(rows[row])] - r) % 8
-                want_s[:, c] += p[0, :, row, t] / len(visual)
-    torch.testing.assert_close(vertical.double(), want_v, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(slash.double(), want_s, atol=1e-6, rtol=1e-4)
+    q, k = torch.randn(1, 2, n, 8) * 0.1, torch.randn(1, 2, n, 8) * 0.1
+    for grid, stride, phase in ((one, 6, 2), (two, 8, 5)):
+        code, rank = torch.eye(8), torch.arange(grid.num_tokens)
+        k[:, :, grid.token_of_rank()] += 5 * code[rank % stride]
+        q[:, :, grid.token_of_rank()] += 5 * code[(rank - phase) % stride]
+    lines = chosen(q, k, [one, two], [HeadPattern("auto", local=12)] * 2).grids[0]
+    assert [(int(x.s_stride[0]), int(x.s_phase[0])) for x in lines] == [(6, 2), (8, 5)]
+
+
+def test_a_diagonal_is_not_64_columns():
+    """A head that looks 300 tokens back touches another column in every probe row."""
+    torch.manual_seed(0)
+    n = 1500
+    code = torch.randn(1, 1, n + 300, 64)
+    q, k = code[:, :, :n] * 1.5, code[:, :, 300:] * 1.0
+    lines = chosen(q, k, [], [HeadPattern("auto", local=64, sink=0, slash=4)])
+    assert lines.slashes[0, 0].max() == 300 and (lines.slashes[0, 0] >= 0).sum() == 1
+    assert lines.columns.sum() < 8
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_coverage_keeps_the_fewest_columns_that_hold_the_share(share):
+    torch.manual_seed(0)
+    n = 900
+    q, k = torch.randn(1, 1, n, 16) * 0.1, torch.randn(1, 1, n, 16) * 0.1
+    q[..., 0] = 4.0
+    k[0, 0, 100:200, 0] += torch.linspace(4, 12, 100)
+    head = HeadPattern("vertical_slash", local=50, sink=10, vertical=1000, slash=9, coverage=share)
+    lines = chosen(q, k, [], [head])
+    p = (q[0, 0, -64:] @ k[0, 0].T / 4).softmax(-1)
+    key = torch.arange(n)
+    p = p.masked_fill(key > torch.arange(n - 64, n)[:, None], 0.0)
+    mass = (p / p.sum(-1, keepdim=True)).mean(0)
+    mass[(key < 10) | (key > n - 1 - 50)] = 0.0
+    ordered = mass.sort(descending=True).values.cumsum(0)
+    fewest = int((ordered < share * mass.sum()).sum()) + 1
+    assert int(lines.columns.sum()) - 10 == fewest
+    assert (lines.slashes < 0).all(), "nothing is left for diagonals to hold"
+
+
+def test_every_modality_is_probed_by_its_own_queries():
+    """Q-boundary: text looks at one column, vision at another; each stream finds its own."""
+    torch.manual_seed(0)
+    grid = TokenGrid(100, 10, 4, 5)
+    n = grid.stop + 100
+    q, k = torch.randn(1, 1, n, 8) * 0.1, torch.randn(1, 1, n, 8) * 0.1
+    visual = grid.token_of_rank()
+    q[..., 0] = 6.0
+    q[:, :, visual, 0], q[:, :, visual, 1] = 0.0, 6.0
+    k[..., 30, 0], k[..., 50, 1] = 12.0, 12.0
+    head = HeadPattern("vertical_slash", local=9, sink=0, vertical=1, slash=0, boundary="q")
+    _, streams = lines_of(q, k, [[grid]], [head])
+    found = {
+        stream.query: lines.columns[0, 0].nonzero()[:, 0].tolist() for stream, lines in streams
+    }
+    assert found == {"text": [30], "vision": [50]}
+
+
+def test_streams_follow_the_boundaries_that_heads_ask_for():
+    q = torch.randn(1, 3, 200, 8)
+    row = [TokenGrid(20, 5, 4, 4)]
+    heads = [HeadPattern(), HeadPattern(boundary="q"), HeadPattern(boundary="2d")]
+    prompt, streams = lines_of(q, q, [row], heads)
+    pairs = [(s.query, s.key) for s, _ in streams]
+    text, vision = "text", "vision"
+    assert pairs == [
+        (None, None),
+        (text, None),
+        (vision, None),
+        *[(a, b) for a in (text, vision) for b in (text, vision)],
+    ]
+    assert describe_streams(prompt, tuple(heads)) is describe_streams(prompt, tuple(heads))
 
 
 def test_recall_of_constructed_heads():

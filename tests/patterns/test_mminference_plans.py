@@ -10,17 +10,20 @@ from permattn.patterns.mminference import (
     plan_tri_shape,
     plan_vertical_slash,
 )
-from permattn.patterns.mminference.lines import choose_lines
-from permattn.patterns.mminference.prompt import describe_prompt
 from permattn.testing import masked_attention, visible_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from .reference_masks import lines_of, wanted
 
 VIDEO = TokenGrid(7, 12, 4, 5)
 SECOND = TokenGrid(256, 6, 3, 4)
 STAMPED = TokenGrid(10, 8, 3, 4, frame_starts=tuple(10 + i * 17 + i % 3 for i in range(8)))
 IMAGE = TokenGrid(20, 1, 6, 6)
 
+SMALL_A = HeadPattern("a_shape", sink=3, local=5)
+DENSE = HeadPattern("dense")
+BLOCKS = HeadPattern("block_sparse", sink=2, local=5, blocks=1)
 HEADS = {
     "grid": [
         HeadPattern("grid", sink=4, local=20, last=10),
@@ -41,52 +44,54 @@ HEADS = {
         HeadPattern("grid", local=5),
     ],
     "slash-at-every-lag": [HeadPattern("vertical_slash", sink=0, local=1, vertical=9, slash=7)] * 4,
+    "blocks": [
+        HeadPattern("block_sparse", sink=0, local=1, blocks=2),
+        HeadPattern("block_sparse", sink=5, local=70, blocks=3),
+        HeadPattern("block_sparse", sink=70, local=16, blocks=100, coverage=0.6),
+        HeadPattern("block_sparse", local=10, blocks=0),
+    ],
+    "q-boundary": [
+        HeadPattern("vertical_slash", sink=4, local=9, vertical=20, slash=3, boundary="q"),
+        HeadPattern("grid", sink=4, local=20, last=10, boundary="q"),
+        HeadPattern("grid", local=9, boundary="q", when={"text": SMALL_A, "audio": DENSE}),
+        HeadPattern("block_sparse", local=8, blocks=2, boundary="q", when={"vision": SMALL_A}),
+    ],
+    "2d-boundary": [
+        HeadPattern("vertical_slash", sink=4, local=9, vertical=20, slash=3, boundary="2d"),
+        HeadPattern("grid", sink=4, local=20, last=10, boundary="2d"),
+        HeadPattern(
+            "auto",
+            local=9,
+            boundary="2d",
+            when={"text,vision": SMALL_A, "vision,text": BLOCKS, "text,text": DENSE},
+        ),
+        HeadPattern("block_sparse", local=8, blocks=2, boundary="2d"),
+    ],
+    "every-boundary": [
+        HeadPattern("vertical_slash", sink=4, local=9, vertical=20, slash=3, boundary="2d"),
+        HeadPattern("grid", sink=4, local=20, last=10, boundary="k"),
+        HeadPattern("dense", boundary="2d"),
+        HeadPattern("auto", local=9, boundary="q"),
+    ],
 }
 PROMPTS = {
     "two-videos": (350, 350, [[TokenRun(0, 7), VIDEO, SECOND]]),
     "chunk": (150, 350, [[VIDEO, SECOND]]),
     "chunk-after-the-video": (20, 350, [[VIDEO]]),
     "timestamps": (170, 170, [[STAMPED]]),
+    "audio-between": (
+        280,
+        280,
+        [[TokenRun(0, 30, "audio"), STAMPED, TokenRun(170, 20, "audio"), TokenGrid(195, 5, 3, 4)]],
+    ),
+    "chunk-of-audio": (33, 203, [[STAMPED, TokenRun(160, 43, "audio")]]),
+    "no-text": (180, 180, [[TokenGrid(0, 9, 4, 5)]]),
     "image-only": (90, 90, [[IMAGE]]),
     "text-only": (333, 333, None),
     "one-token": (1, 1, None),
     "last-token": (1, 260, [[VIDEO]]),
     "cut-video": (100, 100, [[VIDEO]]),
 }
-
-
-def prompt_of(sq, skv, rows, batch, left, right):
-    rows = [()] * batch if rows is None else rows
-    zero = (0,) * batch
-    segments = tuple(tuple(r) for r in rows)
-    return describe_prompt(segments, sq, skv, left or zero, right or zero, torch.device("cpu"))
-
-
-def wanted(lines, prompt, heads):
-    """What must be seen: bool [B, H, Sq, Skv], and what may be seen at all."""
-    i = torch.arange(prompt.num_q) + prompt.q_offset
-    j = torch.arange(prompt.num_kv)
-    lag = i[:, None] - j
-    want = torch.zeros(prompt.batch, len(heads), prompt.num_q, prompt.num_kv, dtype=torch.bool)
-    legal = want.clone()
-    for b in range(prompt.batch):
-        keys = (j >= prompt.first[b]) & (j < prompt.stop[b])
-        queries = (i >= prompt.first[b]) & (i < prompt.stop[b])
-        legal[b] = (lag >= 0) & keys & queries[:, None]
-        for h, head in enumerate(heads):
-            local = prompt.num_kv if head.pattern == "dense" else head.local
-            mask = (lag < local) | lines.columns[b, h] | lines.rows[b, h][:, None]
-            for slash in lines.slashes[b, h].tolist():
-                mask |= (lag == slash) & (slash >= 0)
-            for video in lines.grids[b]:
-                stride = int(video.s_stride[h])
-                if stride:
-                    rank = torch.full((prompt.num_kv,), -1)
-                    rank[video.grid.host_tokens] = torch.arange(video.grid.num_tokens)
-                    both = (rank[i] >= 0)[:, None] & (rank >= 0)
-                    mask |= both & ((rank[i][:, None] - rank) % stride == int(video.s_phase[h]))
-            want[b, h] = mask & legal[b, h]
-    return want, legal
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -99,29 +104,28 @@ def test_plan_equals_its_mask(name, kind):
     plan = plan_prefill(q, k, rows, heads)
     plan.check_values()
     seen = visible_pairs(plan, 1, 4)
-    assert seen.max() == 1, "parts must be disjoint"
-    prompt = prompt_of(sq, skv, rows, 1, None, None)
-    lines = choose_lines(q, k, prompt, heads)
-    want, legal = wanted(lines, prompt, heads)
+    assert seen.max() <= 1, "parts must be disjoint"
+    prompt, chosen = lines_of(q, k, rows, heads)
+    want, legal = wanted(q, k, rows, heads, prompt, chosen)
     assert not ((seen > 0) & ~legal).any(), "only causal pairs"
     assert not (want & (seen == 0)).any(), "every wanted pair"
     # A diagonal covers whole granules; every other pattern is exact to the pair.
-    exact = ~(lines.slashes >= 0).any(-1)
+    exact = ~torch.stack([(lines.slashes >= 0).any(-1) for _, lines in chosen]).any(0)
     assert torch.equal((seen > 0)[exact], want[exact])
 
 
-@pytest.mark.parametrize("kind", ["grid", "mixed"])
+@pytest.mark.parametrize("kind", HEADS)
 def test_batch_with_padding(kind):
     torch.manual_seed(1)
     heads = HEADS[kind]
     q, k, v = torch.randn(2, 4, 200, 16), torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 16)
     left, right = (3, 150), (0, 17)
-    rows = [[VIDEO], [TokenGrid(160, 9, 2, 6)]]
+    rows = [[VIDEO], [TokenGrid(160, 9, 2, 6), TokenRun(270, 9, "audio")]]
     plan = plan_prefill(q, k, rows, heads, left_pad=left, right_pad=right)
     plan.check_values()
     seen = visible_pairs(plan, 2, 4)
-    prompt = prompt_of(200, 300, rows, 2, left, right)
-    want, legal = wanted(choose_lines(q, k, prompt, heads), prompt, heads)
+    prompt, chosen = lines_of(q, k, rows, heads, left, right)
+    want, legal = wanted(q, k, rows, heads, prompt, chosen)
     assert seen.max() == 1 and not ((seen > 0) & ~legal).any()
     assert not (want & (seen == 0)).any()
     out = sparse_attention(q, k, v, plan)

@@ -127,6 +127,31 @@ class BlockIndex:
             block_kv,
         )
 
+    def without_blocks(self, dropped: Tensor) -> BlockIndex:
+        """The same rows without some key blocks.
+
+        Args:
+            dropped: bool [Bx or 1, Hx or 1, num_kv_blocks].
+        """
+        row = self.entry_row()
+        dropped = dropped.expand(*row.shape[:2], -1)
+        kept = row < self.num_q_blocks
+        kept = kept & ~dropped.gather(-1, self.kv_indices.long())
+        before = torch.nn.functional.pad(kept.cumsum(-1), (1, 0))
+        offsets = self.row_offsets.long()
+        place = torch.where(kept, before[..., :-1], self.capacity)
+        flat = self.kv_indices.new_zeros(*row.shape[:2], self.capacity + 1)
+        flat.scatter_(-1, place, self.kv_indices)
+        new_offsets = before.gather(-1, offsets)
+        new_full = before.gather(-1, offsets[..., :-1] + self.kv_num_full) - new_offsets[..., :-1]
+        return BlockIndex(
+            flat[..., :-1].contiguous(),
+            new_offsets.to(torch.int32),
+            new_full.to(torch.int32),
+            self.block_q,
+            self.block_kv,
+        )
+
     def entry_row(self) -> Tensor:
         """int64 [Bx, Hx, capacity]: the query block of every entry; num_q_blocks where unused."""
         entry = torch.arange(self.capacity, device=self.kv_indices.device, dtype=torch.int32)

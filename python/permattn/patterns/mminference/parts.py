@@ -1,58 +1,81 @@
 """From lines to parts: disjoint sets of pairs, each in the order that makes it cheap.
 
-For one value of the local window w (heads are grouped by it):
+For one stream, and one value of the local window w (heads are grouped by it):
 
-    window   keys with a lag in [0, w)                     token order      mostly full blocks
-    columns  kept keys with a lag >= w                     compact keys     full up to the edge
-    slash    kept diagonals with a lag >= w                16-key granules  holes at columns
-    lines    same-phase pairs of a video, lag >= w         phase-major      holes at columns
+    window   keys with a lag in [0, w)                     the stream's axis  mostly full blocks
+    columns  kept keys with a lag >= w                     compact keys       full up to the edge
+    slash    kept diagonals with a lag >= w                16-key granules    holes at columns
+    blocks   key blocks of highest pooled score, lag >= w  the stream's axis  holes at columns
+    lines    same-phase pairs of a video, lag >= w         phase-major        holes at columns
 
-and, for all heads, rows: queries that see everything, compact, and holes everywhere else.
+and, for all its heads, rows: queries that see everything, compact, and holes everywhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from permattn.core import AttnPart, AttnPlan, BlockIndex, Permutation, TokenBand
+from permattn.core import AttnPart, BlockIndex, Permutation, TokenBand
 from permattn.core.plan import ceil_div
+from permattn.core.selection import list_blocks, pooled_blocks, strongest_blocks
 from permattn.patterns.mminference.config import HeadPattern
 from permattn.patterns.mminference.lines import GridLines, Lines
 from permattn.patterns.mminference.prompt import Prompt
+from permattn.patterns.mminference.streams import BLOCK, Stream
 
-BLOCK = 64
 # Diagonals start anywhere: finer key blocks cost 80 keys for 64 where aligned ones would cost 128.
 GRANULE = 16
 ROW_BLOCK = 32
 LINE_BLOCK = 32
 
 
-def build_plan(prompt: Prompt, heads: Sequence[HeadPattern], lines: Lines) -> AttnPlan:
-    """The plan of all heads of one layer."""
-    device = lines.columns.device
-    q_perm = _without_rows(prompt, lines)
-    kv_perm = _valid_keys(prompt, device)
-    has_holes = bool(lines.max_columns) or prompt.padded
-    sparse_keys = kv_perm.without_tokens(lines.columns) if has_holes else kv_perm
-    columns = _compact_keys(lines, prompt.num_kv)
+def stream_parts(
+    prompt: Prompt, stream: Stream, lines: Lines, q: Tensor, k: Tensor
+) -> list[AttnPart]:
+    """The parts of one stream of one layer.
+
+    Args:
+        q, k: see `plan_prefill`; only block_sparse looks at them.
+    """
+    maker = _Maker(prompt, stream, lines)
     parts = []
-    for local in sorted({_window(h, prompt) for h in heads}):
-        mine = torch.tensor([_window(h, prompt) == local for h in heads], device=device)
-        parts.append(_window_part(prompt, q_perm, kv_perm, local, mine))
+    pairs = list(zip(stream.heads, stream.mine, strict=True))
+    for local in sorted({_window(h, prompt) for h, m in pairs if m}):
+        mine = [m and _window(h, prompt) == local for h, m in pairs]
+        here = torch.tensor(mine, device=stream.device)
+        parts.append(maker.window(local, here))
         if local >= prompt.num_kv:
             continue
+        some = [h for h, m in zip(stream.heads, mine, strict=True) if m]
         if lines.max_columns:
-            parts.append(_columns_part(prompt, q_perm, columns, local, mine))
-        if lines.slashes.shape[-1]:
-            parts.append(_slash_part(prompt, q_perm, sparse_keys, lines, local, mine))
-        if any(lines.grids) and any(h.seeks_grid and h.s for h in heads):
-            parts.append(_lines_part(prompt, lines, local, mine))
+            parts.append(maker.columns(local, here))
+        if lines.slashes.shape[-1] and any(h.seeks_slashes for h in some):
+            parts.append(maker.slash(local, here))
+        if any(h.seeks_blocks for h in some):
+            parts.append(maker.blocks(local, here, q, k))
+        if any(lines.grids) and any(h.seeks_grid and h.s for h in some):
+            parts.append(maker.grid_lines(local, here))
     if lines.max_rows:
-        parts.append(_rows_part(prompt, kv_perm, lines))
-    return AttnPlan(tuple(parts), validate=False)
+        parts.append(maker.rows())
+    return parts
+
+
+def no_parts(prompt: Prompt) -> AttnPart:
+    """Nobody sees anything: a prompt of padding, or of no queries."""
+    q = Permutation.identity(prompt.num_q, prompt.device)
+    kv = Permutation.identity(prompt.num_kv, prompt.device)
+    rows = ceil_div(prompt.num_q, BLOCK)
+    zero = torch.zeros(1, 1, rows, dtype=torch.int64, device=prompt.device)
+    index = BlockIndex.from_ranges(
+        zero[..., None],
+        zero[..., None],
+        num_full_ranges=0,
+        capacity=0,
+        block_q=BLOCK,
+        block_kv=BLOCK,
+    )
+    return AttnPart(q, kv, index, TokenBand(prompt.num_q - prompt.num_kv))
 
 
 def compact(mask: Tensor, capacity: int) -> Tensor:
@@ -69,248 +92,260 @@ def _window(head: HeadPattern, prompt: Prompt) -> int:
     return prompt.num_kv if head.pattern == "dense" else min(head.local, prompt.num_kv)
 
 
-def _band(prompt: Prompt, min_lag: int, max_lag: int | None = None) -> TokenBand:
-    """A band in positions, as one in tokens: query token i stands at position i + q_offset."""
-    shift = prompt.q_offset
-    return TokenBand(min_lag - shift, None if max_lag is None else max_lag - shift)
+class _Maker:
+    """Makes the parts of one stream out of shared permutations."""
+
+    def __init__(self, prompt: Prompt, stream: Stream, lines: Lines) -> None:
+        self.prompt, self.stream, self.lines = prompt, stream, lines
+        self.device = stream.device
+        self.q_perm = self._without_rows(stream.blocks.perm)
+        self.kv_perm = stream.axis.perm
+        self._sparse: dict[int, Permutation] = {}
+        self._columns: Permutation | None = None
+
+    def _without_rows(self, perm: Permutation) -> Permutation:
+        return perm.without_tokens(self.lines.rows) if self.lines.max_rows else perm
+
+    def _sparse_keys(self, perm: Permutation) -> Permutation:
+        """Keys with holes at the kept columns; made once for every axis."""
+        if not self.lines.max_columns:
+            return perm
+        if id(perm) not in self._sparse:
+            self._sparse[id(perm)] = perm.without_tokens(self.lines.columns)
+        return self._sparse[id(perm)]
+
+    def _band(self, min_lag: int, max_lag: int | None = None) -> TokenBand:
+        """A band in positions, as one in tokens: query token i stands at position i + q_offset."""
+        shift = self.prompt.q_offset
+        return TokenBand(min_lag - shift, None if max_lag is None else max_lag - shift)
+
+    def _to_index(
+        self, starts: list[Tensor], stops: list[Tensor], mine: Tensor, full: int
+    ) -> BlockIndex:
+        """Host ranges [Bx, nQ] of key blocks as the lists of the heads in `mine`."""
+        begin, end = torch.stack(starts, -1), torch.stack(stops, -1)
+        capacity = int((end - begin).clamp_min(0).sum((-1, -2)).max()) if begin.numel() else 0
+        end = torch.where(mine[:, None, None], end.to(self.device)[:, None], 0)
+        return BlockIndex.from_ranges(
+            begin.to(self.device)[:, None].expand(end.shape),
+            end,
+            num_full_ranges=full,
+            capacity=capacity,
+            block_q=BLOCK,
+            block_kv=BLOCK,
+        )
+
+    def window(self, local: int, mine: Tensor) -> AttnPart:
+        axis, blocks = self.stream.axis, self.stream.blocks
+        low = axis.coordinate(blocks.first - local + 1)
+        high = axis.coordinate(blocks.last + 1)
+        start = low // BLOCK
+        stop = torch.maximum(-(-high // BLOCK), start)
+        stop = torch.where(high > low, stop, start)
+        # Full: every key is in the window of the last query, and not after the first one.
+        inner = axis.coordinate(blocks.last - local + 1)
+        full_start = torch.minimum(torch.maximum(-(-inner // BLOCK), start), stop)
+        full_stop = axis.coordinate(blocks.first + 1) // BLOCK
+        full_stop = torch.minimum(torch.maximum(full_stop, full_start), stop)
+        if axis.has_holes:
+            full_stop = full_start
+        starts, stops = [full_start, start, full_stop], [full_stop, full_start, stop]
+        index = self._to_index(starts, stops, mine, full=1)
+        return AttnPart(self.q_perm, self.kv_perm, index, self._band(0, local))
+
+    def columns(self, local: int, mine: Tensor) -> AttnPart:
+        blocks, num_kv = self.stream.blocks, self.prompt.num_kv
+        if self._columns is None:
+            token = compact(self.lines.columns, self.lines.max_columns)
+            self._columns = Permutation.from_token_of_slot(token, num_kv, validate=False)
+        keys = self._columns
+        token = torch.where(keys.token_of_slot < 0, num_kv, keys.token_of_slot).contiguous()
+        shape = (*token.shape[:2], blocks.count)
+
+        def seen_from(position: Tensor) -> Tensor:
+            # A block without queries has a first one past the end; its last one sees nothing.
+            limit = (position - local).to(self.device, torch.int32)[:, None]
+            count = torch.searchsorted(token, limit.expand(shape).contiguous(), right=True)
+            return torch.where(mine[:, None], count, 0)
+
+        stop = -(-seen_from(blocks.last) // BLOCK)
+        full = torch.minimum(seen_from(blocks.first) // BLOCK, stop)
+        zero = torch.zeros_like(full)
+        # A query at position p sees columns up to p - local; there are no more than that many.
+        bound = (blocks.last - local + 1).clamp(0, keys.num_slots)
+        capacity = -(-bound // BLOCK)
+        index = BlockIndex.from_ranges(
+            torch.stack((zero, full), -1),
+            torch.stack((full, stop), -1),
+            num_full_ranges=1,
+            capacity=int(capacity.sum(-1).max()) if capacity.numel() else 0,
+            block_q=BLOCK,
+            block_kv=BLOCK,
+        )
+        return AttnPart(self.q_perm, keys, index, self._band(local))
+
+    def slash(self, local: int, mine: Tensor) -> AttnPart:
+        """Diagonals are the same for every block of queries, shifted: one list of distances."""
+        stream, device = self.stream, self.device
+        axis, home = stream.slash_axis, stream.slash_blocks.home
+        granules = ceil_div(axis.size, GRANULE)
+        # A lag over BLOCK queries covers BLOCK keys: `span` granules at some distance back. A
+        # distance starts a little below 0, where the granule lies ahead of the block's start.
+        span = shift = ceil_div(BLOCK + GRANULE - 1, GRANULE)
+        phase = (home[:, :1] % GRANULE).to(device)[:, None, None]
+        lag = self.lines.slashes[..., None]
+        back = -((phase - lag) // GRANULE) - torch.arange(span, device=device)
+        last_touched = -((phase - lag + BLOCK - 1) // GRANULE)
+        used = (lag >= 0) & (back >= last_touched) & mine[:, None, None]
+        missing = granules + shift + 1
+        shape = (*used.shape[:2], missing + 1)
+        touched = torch.zeros(shape, dtype=torch.bool, device=device)
+        place = torch.where(used, back + shift, missing).clamp(0, missing)
+        touched.scatter_(-1, place.flatten(-2), True)
+        count = min(self.lines.slashes.shape[-1] * span, missing)
+        distance = compact(touched[..., :-1], count)
+        distance = torch.where(distance < 0, missing, distance - shift).contiguous()
+        home_granule = home // GRANULE
+        row_home = home_granule.to(device, torch.int32)[:, None].expand(*used.shape[:2], -1)
+        row_home = row_home.contiguous()
+        # Row i reaches back at most to granule 0 and ahead at most to the last: a run of distances.
+        skipped = torch.searchsorted(distance, row_home - (granules - 1))
+        counts = torch.searchsorted(distance, row_home, right=True) - skipped
+        offsets = torch.nn.functional.pad(counts.cumsum(-1), (1, 0))
+        bound = (home_granule + shift + 1).clamp(0, count)
+        capacity = int(bound.sum(-1).max()) if bound.numel() else 0
+        entry = torch.arange(capacity, device=device).expand(*used.shape[:2], -1).contiguous()
+        row = torch.searchsorted(offsets.contiguous(), entry, right=True) - 1
+        row = row.clamp_max(max(home.shape[-1] - 1, 0))
+        nth = entry - offsets.gather(-1, row) + skipped.gather(-1, row)
+        granule = row_home.gather(-1, row) - distance.gather(-1, nth.clamp(0, max(count - 1, 0)))
+        index = BlockIndex(
+            granule.clamp(0, max(granules - 1, 0)).to(torch.int32),
+            offsets.to(torch.int32),
+            torch.zeros(row_home.shape, dtype=torch.int32, device=device),
+            BLOCK,
+            GRANULE,
+        )
+        if axis.has_holes:
+            there = torch.nn.functional.pad(stream.is_key, (0, -axis.size % GRANULE))
+            index = index.without_blocks(~there.unflatten(-1, (granules, GRANULE)).any(-1))
+        q_perm = self.q_perm
+        if stream.slash_blocks is not stream.blocks:
+            q_perm = self._without_rows(stream.slash_blocks.perm)
+        return AttnPart(q_perm, self._sparse_keys(axis.perm), index, self._band(local))
+
+    def blocks(self, local: int, mine: Tensor, q: Tensor, k: Tensor) -> AttnPart:
+        """Key blocks by the product of pooled queries and pooled keys.
+
+        Source: MInference (arXiv 2407.02490), Algorithm 3.
+        """
+        stream, device = self.stream, self.device
+        axis, blocks = stream.axis, stream.blocks
+        q_token = stream.blocks.perm.token_of_slot
+        kv_token = axis.perm.token_of_slot
+        last = axis.coordinate(blocks.last - local + 1)
+        full = axis.coordinate(blocks.first - local + 1) // BLOCK
+        stop = torch.where(mine[:, None], (-(-last // BLOCK)).to(device)[:, None], 0)
+        budget = stream.each("blocks")[:, 0]
+        shares = [1.0 if h.coverage is None else h.coverage for h in stream.heads]
+        chosen = strongest_blocks(
+            pooled_blocks(q, BLOCK, q_token),
+            pooled_blocks(k, BLOCK, kv_token),
+            allowed_stop=stop.expand(q.shape[0], -1, -1),
+            budget=budget,
+            coverage=torch.tensor(shares, device=device),
+            max_blocks=min(stream.most("blocks", "seeks_blocks"), ceil_div(axis.size, BLOCK)),
+            scale=q.shape[-1] ** -0.5,
+            allowed_start=(axis.start[:, 0] // BLOCK).expand(q.shape[0]).to(device),
+        )
+        keys = self._sparse_keys(axis.perm)
+        hole = torch.nn.functional.pad(keys.token_of_slot < 0, (0, -axis.size % BLOCK))
+        hole = hole.unflatten(-1, (-1, BLOCK)).any(-1).expand(*chosen.shape[:2], -1)
+        place = chosen.clamp_min(0).long().flatten(-2)
+        whole = ~hole.gather(-1, place).view(chosen.shape)
+        whole &= chosen < full.to(device)[:, None, :, None]
+        return AttnPart(
+            self.q_perm, keys, list_blocks(chosen, whole, BLOCK, BLOCK), self._band(local)
+        )
+
+    def rows(self) -> AttnPart:
+        """Queries that see every earlier key of the stream."""
+        prompt, axis, device = self.prompt, self.stream.axis, self.device
+        token = compact(self.lines.rows, self.lines.max_rows)
+        q_perm = Permutation.from_token_of_slot(token, prompt.num_q, validate=False)
+        blocks = ceil_div(token.shape[-1], ROW_BLOCK)
+        pad = blocks * ROW_BLOCK - token.shape[-1]
+        tiles = torch.nn.functional.pad(token, (0, pad), value=-1)
+        tiles = tiles.unflatten(-1, (blocks, ROW_BLOCK))
+        some = tiles[..., 0] >= 0
+        begin, end = axis.start.to(device)[..., None], axis.stop.to(device)[..., None]
+
+        def seen_from(row: Tensor) -> Tensor:
+            count = row.long() + prompt.q_offset + 1
+            if axis.order is not None:
+                position = axis.position.to(device)[:, None]
+                position = position.expand(*count.shape[:2], -1).contiguous()
+                count = torch.searchsorted(position, count.contiguous())
+            return torch.minimum(torch.maximum(count, begin), end)
+
+        stop = torch.where(some, -(-seen_from(tiles.amax(-1)) // BLOCK), 0)
+        start = torch.minimum((begin // BLOCK).expand(stop.shape), stop)
+        full_start = torch.minimum(-(-begin // BLOCK), stop)
+        full_stop = torch.minimum(seen_from(tiles[..., 0]) // BLOCK, stop)
+        full_stop = torch.maximum(full_stop, full_start)
+        if axis.has_holes:
+            full_stop = full_start
+        index = BlockIndex.from_ranges(
+            torch.stack((full_start, start, full_stop), -1),
+            torch.stack((full_stop, full_start, stop), -1),
+            num_full_ranges=1,
+            capacity=blocks * ceil_div(axis.size, BLOCK),
+            block_q=ROW_BLOCK,
+            block_kv=BLOCK,
+        )
+        return AttnPart(q_perm, self.kv_perm, index, self._band(0))
+
+    def grid_lines(self, local: int, mine: Tensor) -> AttnPart:
+        """Slash lines of all videos, phase-major: a query phase meets one key phase.
+
+        Source: MMInference, section 3.2 and Algorithm 5 (permutation by stride).
+        """
+        prompt = self.prompt
+        tokens, starts, stops, bounds = [], [], [], []
+        for row in self.lines.grids:
+            made = []
+            base = 0
+            for video in row:
+                made.append(_phase_major(video, base, mine))
+                base += made[-1][0].shape[-1] // LINE_BLOCK
+            empty = torch.empty(len(mine), 0, dtype=torch.int32, device=self.device)
+            tokens.append(torch.cat([m[0] for m in made], -1) if made else empty)
+            starts.append(torch.cat([m[1] for m in made], -1) if made else empty.long())
+            stops.append(torch.cat([m[2] for m in made], -1) if made else empty.long())
+            bounds.append(sum(m[3] for m in made))
+        slots = max(t.shape[-1] for t in tokens)
+        blocks = slots // LINE_BLOCK
+
+        def stack(rows: list[Tensor], size: int, value: int) -> Tensor:
+            fill = torch.nn.functional.pad
+            return torch.stack([fill(x, (0, size - x.shape[-1]), value=value) for x in rows])
+
+        position = stack(tokens, slots, -1)
+        q_token = torch.where(position >= prompt.q_offset, position - prompt.q_offset, -1)
+        kv = Permutation.from_token_of_slot(position, prompt.num_kv, validate=False)
+        q = Permutation.from_token_of_slot(q_token, prompt.num_q, validate=False)
+        index = BlockIndex.from_ranges(
+            stack(starts, blocks, 0)[..., None],
+            stack(stops, blocks, 0)[..., None],
+            num_full_ranges=0,
+            capacity=max(bounds),
+            block_q=LINE_BLOCK,
+            block_kv=LINE_BLOCK,
+        )
+        return AttnPart(self._without_rows(q), self._sparse_keys(kv), index, self._band(local))
 
 
-def _valid_keys(prompt: Prompt, device: torch.device) -> Permutation:
-    whole = Permutation.identity(prompt.num_kv, device)
-    if not prompt.padded:
-        return whole
-    key = torch.arange(prompt.num_kv)
-    first, stop = (torch.tensor(x)[:, None, None] for x in (prompt.first, prompt.stop))
-    return whole.without_tokens(((key < first) | (key >= stop)).to(device))
-
-
-def _without_rows(prompt: Prompt, lines: Lines) -> Permutation:
-    """Token order, with holes at padding and at the queries of the rows part."""
-    device = lines.rows.device
-    whole = Permutation.identity(prompt.num_q, device)
-    if not lines.max_rows and not prompt.padded:
-        return whole
-    position = torch.arange(prompt.num_q) + prompt.q_offset
-    first, stop = (torch.tensor(x)[:, None, None] for x in (prompt.first, prompt.stop))
-    padding = ((position < first) | (position >= stop)).to(device)
-    return whole.without_tokens(lines.rows | padding)
-
-
-def _compact_keys(lines: Lines, num_kv: int) -> Permutation:
-    token = compact(lines.columns, lines.max_columns)
-    return Permutation.from_token_of_slot(token, num_kv, validate=False)
-
-
-def _block_positions(prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """First and last position of every block of queries, int64 [nQ] on the host."""
-    first = torch.arange(ceil_div(prompt.num_q, BLOCK)) * BLOCK + prompt.q_offset
-    return first, (first + BLOCK - 1).clamp_max(prompt.num_kv - 1)
-
-
-def _window_part(
-    prompt: Prompt, q_perm: Permutation, kv_perm: Permutation, local: int, mine: Tensor
-) -> AttnPart:
-    q_first, q_last = _block_positions(prompt)
-    begin, end = (torch.tensor(x)[:, None] for x in (prompt.first, prompt.stop))
-    low = torch.maximum((q_first - local + 1).clamp_min(0), begin)
-    high = torch.minimum(q_last + 1, end)
-    start, stop = low // BLOCK, -(-high // BLOCK)
-    # Full: every key is valid, in the window of the last query, and not after the first one.
-    inner = torch.maximum((q_last - local + 1).clamp_min(0), begin)
-    full_start = torch.maximum(-(-inner // BLOCK), start)
-    full_stop = torch.minimum(torch.minimum(q_first + 1, end) // BLOCK, stop)
-    full_stop = torch.maximum(full_stop, full_start)
-    full_start = torch.minimum(full_start, torch.maximum(stop, start))
-    full_stop = torch.minimum(full_stop, torch.maximum(stop, start))
-    starts = torch.stack((full_start, start, full_stop), -1)
-    stops = torch.stack((full_stop, full_start, stop), -1)
-    capacity = int((stops - starts).clamp_min(0).sum((-1, -2)).max()) if starts.numel() else 0
-    device = mine.device
-    stops = torch.where(mine[:, None, None], stops.to(device)[:, None], 0)
-    index = BlockIndex.from_ranges(
-        starts.to(device)[:, None].expand(stops.shape),
-        stops,
-        num_full_ranges=1,
-        capacity=capacity,
-        block_q=BLOCK,
-        block_kv=BLOCK,
-    )
-    return AttnPart(q_perm, kv_perm, index, _band(prompt, 0, local))
-
-
-def _prefix_index(
-    keys: Tensor, whole: Tensor, partial: Tensor, block_q: int, rows_bound: Tensor
-) -> BlockIndex:
-    """Rows that list a prefix of key blocks: the first `whole` slots are seen by the whole block.
-
-    Args:
-        keys: token_of_slot of the keys, for its length.
-        whole, partial: int64 [B, Hq, nQ]: slots seen by every query, and by any query, of a block.
-        rows_bound: int64 [nQ] on the host: a bound on `partial`.
-    """
-    blocks = ceil_div(keys.shape[-1], BLOCK)
-    stop = ((partial + BLOCK - 1) // BLOCK).clamp_max(blocks)
-    full = torch.minimum(whole // BLOCK, stop)
-    zero = torch.zeros_like(full)
-    bound = (-(-rows_bound // BLOCK)).clamp(0, blocks)
-    return BlockIndex.from_ranges(
-        torch.stack((zero, full), -1),
-        torch.stack((full, stop), -1),
-        num_full_ranges=1,
-        capacity=int(bound.sum()),
-        block_q=block_q,
-        block_kv=BLOCK,
-    )
-
-
-def _columns_part(
-    prompt: Prompt, q_perm: Permutation, keys: Permutation, local: int, mine: Tensor
-) -> AttnPart:
-    q_first, q_last = _block_positions(prompt)
-    # A query at position p sees columns up to p - local; there are no more than that many.
-    bound = (q_last - local + 1).clamp(0, keys.num_slots)
-    token = torch.where(keys.token_of_slot < 0, prompt.num_kv, keys.token_of_slot).contiguous()
-    shape = (*token.shape[:2], len(q_first))
-    device = token.device
-
-    def seen_from(position: Tensor) -> Tensor:
-        limit = (position - local).to(device, torch.int32).expand(shape).contiguous()
-        return torch.where(mine[:, None], torch.searchsorted(token, limit, right=True), 0)
-
-    index = _prefix_index(token, seen_from(q_first), seen_from(q_last), BLOCK, bound)
-    return AttnPart(q_perm, keys, index, _band(prompt, local))
-
-
-def _slash_part(
-    prompt: Prompt,
-    q_perm: Permutation,
-    kv_perm: Permutation,
-    lines: Lines,
-    local: int,
-    mine: Tensor,
-) -> AttnPart:
-    """Diagonals are the same for every block of queries, shifted: one list of distances."""
-    device = mine.device
-    q_first, _ = _block_positions(prompt)
-    phase = prompt.q_offset % GRANULE
-    granules = ceil_div(prompt.num_kv, GRANULE)
-    # A lag over BLOCK queries covers BLOCK keys, which touch `span` granules at some distance back.
-    span = ceil_div(BLOCK + GRANULE - 1, GRANULE)
-    lag = lines.slashes[..., None]
-    back = -((phase - lag) // GRANULE) - torch.arange(span, device=device)
-    last_touched = -((phase - lag + BLOCK - 1) // GRANULE)
-    # The farthest pair of a granule must lie outside the window, else the window part holds it all.
-    far = phase + BLOCK - 1 + GRANULE * back
-    used = (lag >= 0) & (back >= last_touched) & (far >= local) & mine[:, None, None]
-    shift = (
-        span  # distances start a little below 0, where the granule lies ahead of the block's start
-    )
-    touched = torch.zeros((*used.shape[:2], granules + shift + 2), dtype=torch.bool, device=device)
-    place = torch.where(used, back + shift, granules + shift + 1).clamp(0, granules + shift + 1)
-    touched.scatter_(-1, place.flatten(-2), True)
-    distance = compact(touched[..., :-1], min(lines.slashes.shape[-1] * span, granules + shift + 1))
-    missing = granules + shift + 1
-    distance = torch.where(distance < 0, missing, distance - shift).contiguous()
-    home = (q_first // GRANULE).to(device, torch.int32)
-    shape = (*distance.shape[:2], len(q_first))
-    # Row i reaches back at most to granule 0 and ahead at most to the last one: a run of distances.
-    home_rows = home.expand(shape).contiguous()
-    skipped = torch.searchsorted(distance, home_rows - (granules - 1))
-    counts = torch.searchsorted(distance, home_rows, right=True) - skipped
-    offsets = torch.nn.functional.pad(counts.cumsum(-1), (1, 0))
-    bound = (q_first // GRANULE + shift + 1).clamp_max(distance.shape[-1])
-    entry = torch.arange(int(bound.sum()), device=device).expand(*shape[:2], -1).contiguous()
-    row = torch.searchsorted(offsets.contiguous(), entry, right=True) - 1
-    row = row.clamp_max(max(len(q_first) - 1, 0))
-    nth = entry - offsets.gather(-1, row) + skipped.gather(-1, row)
-    granule = home[row] - distance.gather(-1, nth.clamp(0, distance.shape[-1] - 1))
-    index = BlockIndex(
-        granule.clamp(0, granules - 1).to(torch.int32),
-        offsets.to(torch.int32),
-        torch.zeros(shape, dtype=torch.int32, device=device),
-        BLOCK,
-        GRANULE,
-    )
-    return AttnPart(q_perm, kv_perm, index, _band(prompt, local))
-
-
-def _rows_part(prompt: Prompt, kv_perm: Permutation, lines: Lines) -> AttnPart:
-    token = compact(lines.rows, lines.max_rows)
-    q_perm = Permutation.from_token_of_slot(token, prompt.num_q, validate=False)
-    blocks = ceil_div(token.shape[-1], ROW_BLOCK)
-    pad = blocks * ROW_BLOCK - token.shape[-1]
-    tiles = torch.nn.functional.pad(token, (0, pad), value=-1).unflatten(-1, (blocks, ROW_BLOCK))
-    some = tiles[..., 0] >= 0
-    device = token.device
-    first = tiles[..., 0].long() + prompt.q_offset
-    last = tiles.amax(-1).long() + prompt.q_offset
-    begin = torch.tensor(prompt.first, device=device)[:, None, None]
-    end = torch.tensor(prompt.stop, device=device)[:, None, None]
-    stop = torch.where(some, -(-torch.minimum(last + 1, end) // BLOCK), 0)
-    start = torch.minimum((begin // BLOCK).expand(stop.shape), stop)
-    full_start = torch.minimum(-(-begin // BLOCK), stop).clamp_min(0)
-    full_stop = torch.minimum(torch.minimum(first + 1, end) // BLOCK, stop)
-    full_stop = torch.maximum(full_stop, full_start)
-    index = BlockIndex.from_ranges(
-        torch.stack((full_start, start, full_stop), -1),
-        torch.stack((full_stop, full_start, stop), -1),
-        num_full_ranges=1,
-        capacity=blocks * ceil_div(prompt.num_kv, BLOCK),
-        block_q=ROW_BLOCK,
-        block_kv=BLOCK,
-    )
-    return AttnPart(q_perm, kv_perm, index, _band(prompt, 0))
-
-
-def _lines_part(prompt: Prompt, lines: Lines, local: int, mine: Tensor) -> AttnPart:
-    """Slash lines of all videos, phase-major: a query phase meets one key phase.
-
-    Source: MMInference, section 3.2 and Algorithm 5 (permutation by stride).
-    """
-    device = mine.device
-    heads = mine.shape[0]
-    tokens, starts, stops, bounds = [], [], [], []
-    for row in lines.grids:
-        t, a, b, bound = [], [], [], 0
-        base = 0
-        for video in row:
-            made = _phase_major(video, base, local, mine)
-            t.append(made[0])
-            a.append(made[1])
-            b.append(made[2])
-            bound += made[3]
-            base += made[0].shape[-1] // LINE_BLOCK
-        empty = torch.empty(heads, 0, dtype=torch.int32, device=device)
-        tokens.append(torch.cat(t, -1) if t else empty)
-        starts.append(torch.cat(a, -1) if a else empty.long())
-        stops.append(torch.cat(b, -1) if b else empty.long())
-        bounds.append(bound)
-    slots = max(t.shape[-1] for t in tokens)
-    blocks = slots // LINE_BLOCK
-
-    def stack(rows: list[Tensor], size: int, value: int) -> Tensor:
-        fill = torch.nn.functional.pad
-        return torch.stack([fill(x, (0, size - x.shape[-1]), value=value) for x in rows])
-
-    position = stack(tokens, slots, -1)
-    q_token = torch.where(position >= prompt.q_offset, position - prompt.q_offset, -1)
-    kv = Permutation.from_token_of_slot(position, prompt.num_kv, validate=False)
-    q = Permutation.from_token_of_slot(q_token, prompt.num_q, validate=False)
-    index = BlockIndex.from_ranges(
-        stack(starts, blocks, 0)[..., None],
-        stack(stops, blocks, 0)[..., None],
-        num_full_ranges=0,
-        capacity=max(bounds),
-        block_q=LINE_BLOCK,
-        block_kv=LINE_BLOCK,
-    )
-    q = q.without_tokens(lines.rows)
-    return AttnPart(q, kv.without_tokens(lines.columns), index, _band(prompt, local))
-
-
-def _phase_major(
-    video: GridLines, base: int, local: int, mine: Tensor
-) -> tuple[Tensor, Tensor, Tensor, int]:
+def _phase_major(video: GridLines, base: int, mine: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """Slots of one video per head, and the key-block range of every query block.
 
     Args:

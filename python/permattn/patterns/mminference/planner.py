@@ -8,11 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from permattn.core import AttnPlan, Segment
+from permattn.core import AttnPart, AttnPlan, Segment
 from permattn.patterns.mminference.config import HeadPattern
 from permattn.patterns.mminference.lines import choose_lines
-from permattn.patterns.mminference.parts import build_plan
+from permattn.patterns.mminference.parts import no_parts, stream_parts
+from permattn.patterns.mminference.probing import Prober
 from permattn.patterns.mminference.prompt import describe_prompt
+from permattn.patterns.mminference.streams import describe_streams
 
 
 def plan_prefill(
@@ -26,7 +28,8 @@ def plan_prefill(
 ) -> AttnPlan:
     """Plans a causal prefill, every head by its own pattern, all heads in one plan.
 
-    Source: MMInference, sections 3.1-3.3; MInference (2407.02490) for A-shape and vertical-slash.
+    Source: MMInference, sections 3.1-3.3; MInference (2407.02490) for A-shape, vertical-slash and
+    block-sparse.
 
     Args:
         q: [B, Hq, Sq, D] after RoPE: the last Sq of the Skv positions.
@@ -63,9 +66,13 @@ def plan_prefill(
         tuple(right_pad or [0] * batch),
         q.device,
     )
+    parts: list[AttnPart] = []
     with torch.no_grad():
-        lines = choose_lines(q.detach(), k.detach(), prompt, heads)
-        return build_plan(prompt, heads, lines)
+        prober = Prober(q.detach(), k.detach(), prompt)
+        for stream in describe_streams(prompt, tuple(heads)):
+            lines = choose_lines(prober, stream)
+            parts += stream_parts(prompt, stream, lines, prober.q, prober.k)
+    return AttnPlan(tuple(parts) or (no_parts(prompt),), validate=False)
 
 
 def plan_a_shape(
