@@ -16,8 +16,8 @@ from .tiny import Case
 BOUND = 1e-5
 
 GREEDY = {
-    # A random model would emit placeholders, which transformers refuses.
-    "suppress_tokens": [3, 4, 5, 6],
+    # A random model would emit placeholders, which transformers refuses, or end early.
+    "suppress_tokens": [2, 3, 4, 5, 6, 7, 8, 9],
     "max_new_tokens": 5,
     "do_sample": False,
     "output_logits": True,

@@ -10,14 +10,14 @@ import pytest
 import torch
 import transformers
 
-from . import tiny
+from . import tiny, tiny_models
 
 transformers.logging.set_verbosity_error()
 
 
 @lru_cache(maxsize=32)
 def _built(name: str, videos: str) -> tiny.Case:
-    return tiny.build(name, getattr(tiny, videos))
+    return tiny_models.build(name, getattr(tiny, videos))
 
 
 @pytest.fixture
@@ -36,7 +36,9 @@ def own_case():
     """A model that the test may change (training, compiling, refusals)."""
 
     def get(name: str, videos: str = "ONE", **text) -> tiny.Case:
-        case = tiny.build(name, getattr(tiny, videos), **text) if text else _built(name, videos)
+        case = (
+            tiny_models.build(name, getattr(tiny, videos), **text) if text else _built(name, videos)
+        )
         return tiny.Case(copy.deepcopy(case.model), dict(case.inputs), case.rows)
 
     return get

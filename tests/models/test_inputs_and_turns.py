@@ -19,7 +19,8 @@ from .checks import (
     logits,
     patched,
 )
-from .tiny import Case, grids_of, text_case, token_types
+from .tiny import Case, grids_of, token_types
+from .tiny_models import text_case
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl", "llava_onevision"]
 EMBEDDED = ["qwen3_vl", "llava_onevision"]

@@ -29,7 +29,8 @@ from .checks import (
     patched,
 )
 from .exact import plan_everything
-from .tiny import Case, llama, text_case
+from .tiny import Case
+from .tiny_models import llama, text_case
 
 
 def hooks(model: nn.Module) -> int:

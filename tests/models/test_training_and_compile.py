@@ -18,7 +18,7 @@ from .checks import (
     logits,
     patched,
 )
-from .tiny import text_case
+from .tiny_models import text_case
 
 
 def gradients(case):

@@ -23,7 +23,8 @@ from torch.distributed.tensor.parallel import (
 # torchrun starts this file as a script, so its package has to be put in reach by hand.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models.exact import plan_everything
-from models.tiny import BATCH, build
+from models.tiny import BATCH
+from models.tiny_models import build
 
 
 def main() -> None:
