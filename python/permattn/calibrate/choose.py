@@ -1,0 +1,195 @@
+"""From measured errors to one pattern per head."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from permattn.calibrate.trials import (
+    Record,
+    main_modality,
+    others,
+    patterns_of,
+    per_modality,
+    per_pair,
+    trial_of,
+)
+from permattn.patterns.mminference import HeadPattern
+
+# Errors this close are equal: the cheaper kernel wins.
+NEAR = 0.05
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one head got.
+
+    Args:
+        name: the candidate's name, or "<modality>: <name>, ..." across a boundary.
+        error: relative error of its attention output, mean over samples.
+        recall: share of the true attention mass that it keeps, mean over queries and samples.
+        pairs: computed pairs over all causal pairs, mean over samples.
+        ms: milliseconds of one such head where it was timed, planning included.
+    """
+
+    name: str
+    pattern: HeadPattern
+    error: float
+    recall: float
+    density: float
+    ms: float | None
+
+
+def choose_whole(records: Sequence[Record], head: int, times: Mapping[str, float]) -> Choice:
+    """The best pattern without boundaries.
+
+    Args:
+        records: of one layer, one per sample.
+        times: milliseconds per head by trial, from the layers that were timed.
+    """
+    name = _best(records, "none/", head, None, times)
+    return _choice(records, name, head, times)
+
+
+def choose_own(
+    records: Sequence[Record], head: int, modalities: Sequence[str], times: Mapping[str, float]
+) -> dict[str, str]:
+    """Per query modality the name of its best trial."""
+    return {m: _best(records, "q/", head, m, times) for m in modalities}
+
+
+def own_patterns(
+    records: Sequence[Record], names: Mapping[str, str], head: int
+) -> dict[str, HeadPattern]:
+    """The patterns behind `choose_own`, without their boundary."""
+    return {
+        m: patterns_of(records[0], "none/" + name.removeprefix("q/"))[head]
+        for m, name in names.items()
+    }
+
+
+def choose_boundary(
+    whole: Choice,
+    intra: Sequence[Record],
+    pairs: Sequence[Record],
+    head: int,
+    modalities: tuple[str, ...],
+    times: Mapping[str, float],
+) -> Choice:
+    """No boundary, one between queries, or one between pairs: the smallest output error.
+
+    Errors of different query modalities add up exactly, because rows do not depend on each other.
+    The simpler boundary wins where errors are near.
+    """
+    names = choose_own(intra, head, modalities, times)
+    own = own_patterns(intra, names, head)
+    main = main_modality(intra[0])
+    label = ", ".join(f"{m}: {_plain(n)}" for m, n in names.items())
+    by_query = _combined(intra, names, head, label, per_modality(own, main))
+    picks = {m: _best(pairs, "2d/", head, m, {}) for m in modalities}
+    cross = {}
+    for m, name in picks.items():
+        _, number, kind = name.split("/", 2)
+        if kind != "own":
+            other = others(modalities, m)[int(number)]
+            cross[m, other] = patterns_of(intra[0], f"none/{kind}")[head]
+    label += "".join(f"; {m} to {x}: {_kind(picks[m])}" for m, x in cross)
+    by_pair = _combined(pairs, picks, head, label, per_pair(own, cross, main))
+    chosen = whole
+    for option in (by_query, by_pair):
+        if option.error * (1 + NEAR) < chosen.error:
+            chosen = option
+    return chosen
+
+
+def measured(choice: Choice, records: Sequence[Record], head: int) -> Choice:
+    """The choice with the numbers of the run in which all choices stood together ("final")."""
+    found = _choice(records, "final", head, {})
+    return Choice(choice.name, choice.pattern, found.error, found.recall, found.density, choice.ms)
+
+
+def mean_times(records: Sequence[Record]) -> dict[str, float]:
+    """Milliseconds per head by trial, mean over the layers that were timed."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for name in record["trials"]:
+            ms = trial_of(record, name).get("ms")
+            if ms is not None:
+                found.setdefault(name, []).append(ms)
+    return {name: statistics.fmean(x) for name, x in found.items()}
+
+
+def error_of(records: Sequence[Record], name: str, head: int, modality: str | None = None) -> float:
+    """Relative error of a head's output in a trial, mean over samples."""
+    errors = [
+        _error(r, dict.fromkeys(r["rows"] if modality is None else (modality,), name), head)
+        for r in records
+        # A later sample may lack a modality.
+        if modality is None or modality in r["rows"]
+    ]
+    return statistics.fmean(errors)
+
+
+def _best(
+    records: Sequence[Record],
+    prefix: str,
+    head: int,
+    modality: str | None,
+    times: Mapping[str, float],
+) -> str:
+    """The trial of least error within the budget; of near ones the cheapest."""
+    first = records[0]
+    names = [n for n in first["trials"] if n.startswith(prefix)]
+    most = first["budget"] * (1 + first["tolerance"])
+    cost = {n: trial_of(first, n)["pairs"][head] for n in names}
+    # Where nothing fits, the cheapest.
+    allowed = [n for n in names if cost[n] <= most] or [min(names, key=lambda n: cost[n])]
+    errors = {n: error_of(records, n, head, modality) for n in allowed}
+    least = min(errors.values())
+    near = [n for n in allowed if errors[n] <= least * (1 + NEAR)]
+    return min(near, key=lambda n: (times.get(n, cost[n]), errors[n]))
+
+
+def _choice(records: Sequence[Record], name: str, head: int, times: Mapping[str, float]) -> Choice:
+    names = dict.fromkeys(records[0]["rows"], name)
+    pattern = patterns_of(records[0], name)[head]
+    found = _combined(records, names, head, _plain(name), pattern)
+    return Choice(found.name, pattern, found.error, found.recall, found.density, times.get(name))
+
+
+def _combined(
+    records: Sequence[Record],
+    names: Mapping[str, str],
+    head: int,
+    label: str,
+    pattern: HeadPattern,
+) -> Choice:
+    """A head whose query modalities take their rows from different trials."""
+    fallback = next(iter(names.values()))
+    errors, recalls, densities = [], [], []
+    for r in records:
+        mine = {m: names.get(m, fallback) for m in r["rows"]}
+        rows = max(sum(r["rows"].values()), 1)
+        recalls.append(sum(trial_of(r, n)["kept"][m][head] for m, n in mine.items()) / rows)
+        # Near enough for a choice; the final run counts what the combination computes.
+        share = sum(trial_of(r, n)["pairs"][head] * r["rows"][m] for m, n in mine.items()) / rows
+        densities.append(share / max(r["causal"], 1))
+        errors.append(_error(r, mine, head))
+    mean = statistics.fmean
+    return Choice(label, pattern, mean(errors), mean(recalls), mean(densities), None)
+
+
+def _error(record: Record, names: Mapping[str, str], head: int) -> float:
+    err2 = sum(trial_of(record, n)["err2"][m][head] for m, n in names.items())
+    norm2 = sum(record["norm2"][m][head] for m in names)
+    return math.sqrt(err2 / norm2) if norm2 > 0.0 else 0.0
+
+
+def _plain(name: str) -> str:
+    return name.split("/", 1)[-1]
+
+
+def _kind(name: str) -> str:
+    return name.split("/", 2)[-1]
