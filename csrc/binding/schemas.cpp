@@ -10,5 +10,9 @@ STABLE_TORCH_LIBRARY(permattn_native, m) {
       "dlse, "
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor[] plan_tensors, "
       "Tensor[] transposed_tensors, int[] plan_ints, float scale, int isa) -> ()");
+  m.def(
+      "cpu_probe(Tensor q, Tensor k, Tensor first_position, Tensor first_coordinate, "
+      "Tensor key_range, Tensor? order, Tensor? skip, bool lse_is_given, Tensor(a!) lse, "
+      "Tensor(b!) column, Tensor(c!) square, Tensor(d!) diagonal, int isa) -> ()");
   m.def("cpu_best_isa() -> int");
 }

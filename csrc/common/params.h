@@ -77,4 +77,26 @@ struct BwdParams {
   float* dv;             // [B, Hkv, Skv, Dv], likewise
 };
 
+// R consecutive rows against the keys on an axis of `size` coordinates. Row r of batch row b stands
+// at key position first_position[b] + r and sees the keys of key_range[b] that do not lie behind
+// it.
+struct ProbeParams {
+  Dtype dtype;
+  int64_t batch, q_heads, kv_heads, rows, skv, size;
+  int32_t head_dim;
+  bool lse_is_given;
+  TensorView q;                     // [B, Hq, R, D], scaled
+  TensorView k;                     // [B, Hkv, Skv, D]
+  const int32_t* first_position;    // [B]; negative: no probe rows
+  const int32_t* first_coordinate;  // [B], of row 0
+  const int32_t* key_range;         // [B, 2]: first key, and one past the last
+  const int32_t* order;             // [Bx, size]: key position; or null: coordinate = position
+  int64_t order_stride_b;
+  const uint8_t* skip;  // [B, Hq, size], contiguous: keys that `diagonal` leaves out; or null
+  float* lse;           // [B, Hq, R], contiguous, natural log; read where it is given
+  float* column;        // [B, Hq, size], contiguous
+  float* square;        // likewise
+  float* diagonal;      // likewise, by lag; zeros on entry
+};
+
 }  // namespace permattn

@@ -22,5 +22,6 @@ Isa best_isa();
 
 void forward(const FwdParams& params, Isa isa, const Pool& pool);
 void backward(const BwdParams& params, Isa isa, const Pool& pool);
+void probe(const ProbeParams& params, Isa isa, const Pool& pool);
 
 }  // namespace permattn::cpu

@@ -87,6 +87,11 @@ Kernels select_kernels(Isa isa, Dtype dtype) {
       chosen.backward_delta = kernels.backward_delta;
       chosen.backward_scratch = kernels.backward_scratch;
     }
+    if (chosen.probe_mass == nullptr) {
+      chosen.probe_total = kernels.probe_total;
+      chosen.probe_mass = kernels.probe_mass;
+      chosen.probe_scratch = kernels.probe_scratch;
+    }
   }
   return chosen;
 }

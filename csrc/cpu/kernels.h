@@ -50,8 +50,21 @@ struct BwdTile {
   int64_t slot, size;
 };
 
+// Coordinates of one probe tile: a multiple of every chunk of streamed keys, and more than rows.
+constexpr int64_t kProbeTile = 2304;
+
+struct ProbeTile {
+  const ProbeParams* params;
+  int64_t b, kv_head;
+  int64_t first, size;    // coordinates
+  float *top, *sum;       // first sweep: [group, R], row sums of 2^(s - top)
+  const float* log2_sum;  // second sweep: [B, Hq, R]; +inf = sees nothing
+  float* edge;  // second sweep: [group, R - 1], the lowest lags, shared with the next tile
+};
+
 using FwdTileFn = void (*)(const FwdTile& tile, std::byte* scratch);
 using BwdTileFn = void (*)(const BwdTile& tile, std::byte* scratch);
+using ProbeTileFn = void (*)(const ProbeTile& tile, std::byte* scratch);
 using SizeFn = size_t (*)(const Problem& problem);
 
 struct Kernels {
@@ -63,6 +76,9 @@ struct Kernels {
   // delta of queries [slot, slot + size).
   void (*backward_delta)(const BwdTile& tile, float* delta);
   SizeFn backward_scratch;
+  ProbeTileFn probe_total;
+  ProbeTileFn probe_mass;
+  size_t (*probe_scratch)(const ProbeParams& params);
 };
 
 // Null functions where an instruction set has nothing of its own for the dtype.

@@ -21,10 +21,21 @@ namespace permattn::cpu::amx_bf16 {
 #include "../kernel/bf16_math.inl"
 #include "../kernel/amx_math.inl"
 #include "../kernel/forward.inl"
+#include "../kernel/probe.inl"
 
 static void forward_tile_on_tiles(const FwdTile& tile, std::byte* scratch) {
   const TileScope tiles;
   forward_tile<AmxMath>(tile, scratch);
+}
+
+static void probe_total_on_tiles(const ProbeTile& tile, std::byte* scratch) {
+  const TileScope tiles;
+  probe_total<AmxMath>(tile, scratch);
+}
+
+static void probe_mass_on_tiles(const ProbeTile& tile, std::byte* scratch) {
+  const TileScope tiles;
+  probe_mass<AmxMath>(tile, scratch);
 }
 }  // namespace permattn::cpu::amx_bf16
 #include "target_end.h"
@@ -36,6 +47,9 @@ Kernels amx_bf16_kernels(Dtype dtype) {
   kernels.forward = amx_bf16::forward_tile_on_tiles;
   kernels.forward_rest = amx_bf16::forward_rest<amx_bf16::AmxMath>;
   kernels.forward_scratch = amx_bf16::forward_scratch<amx_bf16::AmxMath>;
+  kernels.probe_total = amx_bf16::probe_total_on_tiles;
+  kernels.probe_mass = amx_bf16::probe_mass_on_tiles;
+  kernels.probe_scratch = amx_bf16::probe_scratch<amx_bf16::AmxMath>;
   return kernels;
 }
 }  // namespace permattn::cpu

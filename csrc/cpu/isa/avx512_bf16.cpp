@@ -15,6 +15,7 @@ namespace permattn::cpu::avx512_bf16 {
 #include "../kernel/base.inl"
 #include "../kernel/bf16_math.inl"
 #include "../kernel/forward.inl"
+#include "../kernel/probe.inl"
 }  // namespace permattn::cpu::avx512_bf16
 #include "target_end.h"
 
@@ -26,6 +27,9 @@ Kernels avx512_bf16_kernels(Dtype dtype) {
   kernels.forward = avx512_bf16::forward_tile<Math>;
   kernels.forward_rest = avx512_bf16::forward_rest<Math>;
   kernels.forward_scratch = avx512_bf16::forward_scratch<Math>;
+  kernels.probe_total = avx512_bf16::probe_total<Math>;
+  kernels.probe_mass = avx512_bf16::probe_mass<Math>;
+  kernels.probe_scratch = avx512_bf16::probe_scratch<Math>;
   return kernels;
 }
 }  // namespace permattn::cpu

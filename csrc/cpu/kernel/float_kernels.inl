@@ -1,8 +1,9 @@
-// fp32 arithmetic for every dtype, forward and backward.
+// fp32 arithmetic for every dtype, forward, backward and probe.
 #include "base.inl"
 #include "float_math.inl"
 #include "forward.inl"
 #include "backward.inl"
+#include "probe.inl"
 
 template <class Type>
 Kernels kernels_of() {
@@ -14,6 +15,9 @@ Kernels kernels_of() {
   kernels.backward = backward_tile<Math>;
   kernels.backward_delta = backward_delta<Math>;
   kernels.backward_scratch = backward_scratch<Math>;
+  kernels.probe_total = probe_total<Math>;
+  kernels.probe_mass = probe_mass<Math>;
+  kernels.probe_scratch = probe_scratch<Math>;
   return kernels;
 }
 

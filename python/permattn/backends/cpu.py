@@ -14,11 +14,13 @@ from torch import Tensor
 
 from permattn.core.packing import pack_plan
 from permattn.core.plan import AttnPlan
-from permattn.core.probe import Masses, ProbeArgs, ProbeProblem
+from permattn.core.probe import Masses, ProbeArgs, ProbeProblem, empty_masses
 from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out
 
 NAME = "cpu"
 MAX_HEAD_DIM = 256
+# csrc/cpu/kernels.h: kTileLanes.
+MAX_PROBE_ROWS = 128
 # The numbers of csrc/common/dispatch.h.
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,11 +91,30 @@ def why_not(problem: Problem) -> str | None:
 
 
 def why_not_probe(problem: ProbeProblem) -> str | None:
-    return f"has no probe for {problem.device_type}"
+    if problem.device_type != "cpu":
+        return f"runs on cpu tensors, got {problem.device_type}"
+    if problem.dtype not in _DTYPES:
+        return f"takes float32, bfloat16 and float16, got {problem.dtype}"
+    if problem.head_dim > MAX_HEAD_DIM:
+        return f"takes head dims to {MAX_HEAD_DIM}, got {problem.head_dim}"
+    if problem.num_rows > MAX_PROBE_ROWS:
+        return f"probes with at most {MAX_PROBE_ROWS} rows, got {problem.num_rows}"
+    return _why_unusable()
 
 
-def probe(args: ProbeArgs) -> Masses:
-    raise NotImplementedError("no probe")
+def probe(args: ProbeArgs, *, isa: str | None = None) -> Masses:
+    """See `Backend.probe`. Deterministic, whatever the number of threads."""
+    _load()
+    lse, column, square, diagonal = empty_masses(args.q, args.num_coordinates)
+    if args.lse is not None:
+        lse.copy_(args.lse)
+    order, skip = (None if x is None else x.contiguous() for x in (args.order, args.skip))
+    torch.ops.permattn_native.cpu_probe.default(
+        *(_rows(args.q), args.k, args.first_position.contiguous()),
+        *(args.first_coordinate.contiguous(), args.key_range.contiguous(), order, skip),
+        *(args.lse is not None, lse, column, square, diagonal.zero_(), _isa_number(isa)),
+    )
+    return lse, column, square, diagonal
 
 
 def forward(args: FwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor]:
