@@ -15,10 +15,11 @@ from permattn.probe import ProbeMass
 # What "auto" asks of a line, as shares of the probe's mass. Everything kept must hold several times
 # what chance would give it. Grid lines must hold some mass at all, and a good part of a line's
 # members must carry it: a few strong keys are columns, one strong distance is a diagonal. A column
-# must be seen by a good part of the rows: a diagonal crosses each row in another column. A column
-# or diagonal must hold a quarter of what it would if all mass were spread evenly.
+# must be seen by 4 of the 64 rows: a diagonal crosses each row in another column, and noise of s
+# logits alone makes a column that all rows see look as if exp(-s^2) of them did. A column or
+# diagonal must hold a quarter of what it would if all mass were spread evenly.
 MIN_GRID_EXCESS = 0.03
-MIN_SPREAD = 0.25
+MIN_SPREAD = 1 / 16
 MIN_TIMES_MEAN = 4.0
 MIN_TIMES_EVEN = 0.25
 
