@@ -75,7 +75,9 @@ class AttnPlan:
     """A set of parts under one softmax. Immutable; a pytree; see `save_plan` for files.
 
     Args:
-        parts: disjoint sets of (query, key) pairs.
+        parts: disjoint sets of (query, key) pairs. They are kept in an order of their own (by
+            sizes and bands), so that the order in which they are given changes no bit of a result;
+            parts of the same sizes and band keep the given order.
         quant: numerics.
         validate: check every index value now (a few device syncs). Planners that made the values
             themselves switch it off.
@@ -94,6 +96,7 @@ class AttnPlan:
     def __post_init__(self, validate: bool) -> None:
         if not self.parts:
             raise ValueError("AttnPlan.parts: wants at least one part, got none")
+        object.__setattr__(self, "parts", tuple(sorted(self.parts, key=_sizes)))
         first = self.parts[0]
         for i, part in enumerate(self.parts):
             sizes = (part.q_perm.num_tokens, part.kv_perm.num_tokens)
@@ -177,6 +180,20 @@ class AttnPlan:
             hidden = min(sq, skv)
             pairs = sq * skv - hidden * (hidden - 1) // 2
         return float(self.num_block_pairs().double().mean()) / max(pairs, 1)
+
+
+def _sizes(part: AttnPart) -> tuple[float, ...]:
+    """What the host knows of a part, as a sort key."""
+    index, band = part.index, part.band
+    return (
+        index.block_q,
+        index.block_kv,
+        -index.num_q_blocks,
+        -part.kv_perm.num_slots,
+        float("-inf") if band.min_lag is None else band.min_lag,
+        float("inf") if band.max_lag is None else band.max_lag,
+        index.capacity,
+    )
 
 
 def ceil_div(a: int, b: int) -> int:
