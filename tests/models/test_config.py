@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from permattn.models import PrefillConfig, patch
+from permattn.models import config as config_module
+from permattn.models.families import known_families
 from permattn.patterns.mminference import HeadPattern
 
 from .checks import logits, patched
@@ -36,6 +38,79 @@ def test_round_trip(tmp_path):
     assert config.default == HeadPattern("a_shape", sink=128, local=4096)
 
 
+NESTED = {
+    "default": {"pattern": "grid", "coverage": 0.9, "strides": [3, "row"]},
+    "layers": {
+        "0": {
+            "heads": [
+                {},
+                {"pattern": "block_sparse", "blocks": 7},
+                {"boundary": "q", "when": {"text": {"pattern": "dense"}, "audio": {}}},
+                {
+                    "pattern": "a_shape",
+                    "boundary": "2d",
+                    "when": {"text,vision": {"pattern": "vertical_slash", "slash": 3}},
+                },
+            ]
+        }
+    },
+}
+
+
+def test_round_trip_of_boundaries(tmp_path):
+    """Defaults are left out at every level."""
+    config = PrefillConfig.load(NESTED)
+    config.to_json(tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text()) == {"format": 1, **NESTED}
+    assert PrefillConfig.load(tmp_path / "config.json") == config
+    pair = config.layers[0].heads[3]
+    assert pair.between("text", "vision") == HeadPattern("vertical_slash", slash=3)
+    assert pair.between("text", "text").pattern == "a_shape"
+    assert config.layers[0].heads[2].between("text", "vision") == HeadPattern("dense")
+
+
+@pytest.mark.parametrize(
+    ("when", "message"),
+    [
+        ({"text": {"loacl": 3}}, r"default: when.text: unknown keys \['loacl'\]; wants"),
+        ({"text": {"local": 0}}, "HeadPattern.local"),
+        ({"text": {"pattern": "spiral"}}, "default.when.text.pattern: .*'spiral'"),
+        ({"text": {"boundary": "q"}}, "without a boundary"),
+        ({"text": 3}, "default.when.text: .* got 3"),
+        ({"text,vision": {}}, "wants '<modality>'"),
+        (5, "default.when: .* got 5"),
+    ],
+    ids=["key", "value", "name", "boundary", "type", "pair", "no-mapping"],
+)
+def test_refuses_inside_a_boundary(when, message):
+    with pytest.raises(ValueError, match=message) as error:
+        PrefillConfig.load({"default": {"boundary": "q", "when": when}})
+    assert "\n" not in str(error.value)
+
+
+def test_shipped(case_of, tmp_path, monkeypatch):
+    model = case_of("qwen2_5_vl").model
+    PrefillConfig.load({"model_type": "qwen2_5_vl", "min_q_len": 77}).to_json(
+        tmp_path / "qwen2_5_vl.json"
+    )
+    monkeypatch.setattr(config_module, "_SHIPPED_FOLDER", tmp_path)
+    assert config_module.shipped_configs() == ("qwen2_5_vl",)
+    with patch(model, "shipped") as handle:
+        assert handle.config.min_q_len == 77
+    with pytest.raises(
+        ValueError, match=r"none is shipped for model_type 'llava', only for \['qwen2_5_vl'\]"
+    ):
+        PrefillConfig.load("shipped", "llava")
+
+
+@pytest.mark.parametrize("name", config_module.shipped_configs())
+def test_shipped_files_are_valid(name):
+    config = PrefillConfig.load("shipped", name)
+    assert config.model_type == name
+    assert config.base_model, "says what it was made on"
+    assert name in known_families()
+
+
 def test_page_shows_a_config_that_loads():
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
@@ -56,6 +131,7 @@ def test_heads_of_a_layer():
     [
         ({"format": 2}, "format: Input should be 1, got 2"),
         ({"blocks": 64}, "blocks: Extra inputs"),
+        ({"heads_per_pass": 0}, "heads_per_pass: .* got 0"),
         ({"min_q_len": "long"}, "min_q_len: .* got 'long'"),
         ({"default": {"pattern": "spiral"}}, "default.*'spiral'"),
         ({"default": {"stride": 4}}, r"default.*unknown keys \['stride'\]"),
@@ -102,19 +178,35 @@ def test_refuses_type():
         ({"num_layers": 28}, "config.num_layers: made for 28, got a model with 2"),
         ({"num_heads": 5, "layers": {}}, "config.num_heads: made for 5, got a model with 4"),
         ({"num_kv_heads": 4}, "config.num_kv_heads: made for 4, got a model with 2"),
+        ({"heads_per_pass": 1}, "config.heads_per_pass: wants at least the 2 query heads"),
         ({"dense_layers": [2]}, "names layer 2, got a model with layers 0..1"),
         (
             {"num_heads": None, "layers": {"1": {"heads": [{}]}}},
             "got 1 patterns, the model wants 4",
         ),
     ],
-    ids=["model_type", "num_layers", "num_heads", "num_kv_heads", "dense_layers", "heads"],
+    ids=[
+        "model_type",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "heads_per_pass",
+        "dense_layers",
+        "heads",
+    ],
 )
 def test_config_of_another_model(case_of, change, message):
     model = case_of("qwen2_5_vl").model
     with pytest.raises(ValueError, match=message):
         patch(model, {**FULL, **change})
     patch(model, FULL).unpatch()
+
+
+def test_layer_without_softmax(case_of):
+    model = case_of("qwen3_5").model
+    config = {"layers": {"2": {"heads": [{}] * 4}}}
+    with pytest.raises(ValueError, match=r"layers.2: softmax attention is in layers \[1, 3\] only"):
+        patch(model, config)
 
 
 def test_layers_and_lengths_that_stay_dense(case_of):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from permattn import plan_dense
-from permattn.models.attention import CallCounts, mark_layer, run_layer, unmark_layer
+from permattn.models.attention import mark_layer, run_layer, unmark_layer
+from permattn.models.layer import CallCounts
 from permattn.models.layout import TokenLayout
 from permattn.patterns.mminference import HeadPattern
 

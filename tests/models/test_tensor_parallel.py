@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from permattn.models.attention import local_heads
+from permattn.models.layer import local_heads
 from permattn.patterns.mminference import HeadPattern
 from torch import nn
 
@@ -33,6 +33,9 @@ def test_two_ranks():
     for result in results:
         assert result["sparse"] == 2
         assert result["error"] <= BOUND
+        # Different patterns for every head: the same ones as in one process.
+        for what in ("split", "replicated", "passes"):
+            assert result[what] <= BOUND, what
 
 
 def sharded(rank: int, ranks: int) -> nn.Module:
@@ -53,6 +56,19 @@ HEADS = tuple(HeadPattern("a_shape", sink=n) for n in range(5))
 def test_local_heads(rank, ranks, num_local, want):
     heads = local_heads(sharded(rank, ranks), HEADS, num_local)
     assert [head.sink for head in heads] == want
+
+
+def test_local_heads_keep_their_boundaries():
+    sub = {"text": HeadPattern("dense")}
+    heads = tuple(HeadPattern("grid", sink=n, boundary="q", when=sub) for n in range(4))
+    mine = local_heads(sharded(1, 2), heads, 2)
+    assert mine == heads[2:]
+    assert mine[0].between("text", "vision") == HeadPattern("dense")
+
+
+def test_local_heads_that_do_not_add_up():
+    with pytest.raises(RuntimeError, match="rank 1 of 2 wants 2 of 5 heads, got 3"):
+        local_heads(sharded(1, 2), HEADS, 3)
 
 
 def test_local_heads_of_an_unknown_split():

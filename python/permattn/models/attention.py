@@ -7,12 +7,8 @@ sparse: models that share a config object with a patched one meet this code too 
 from __future__ import annotations
 
 import itertools
-import math
-import threading
 import weakref
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,11 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from permattn.api import sparse_attention
-from permattn.core import AttnPlan
 from permattn.models import context
+from permattn.models.layer import LayerState, attend_planned, checked_output, local_heads
 from permattn.models.layout import TokenLayout
-from permattn.patterns.mminference import HeadPattern
 
 # Not with "flash", "sdpa", "flex_attention", "/", "|" or ":": transformers reads meaning into them.
 NAME = "permattn"
@@ -56,84 +50,6 @@ _UNSUPPORTED = (
 DENSE_LAYER = "dense layer (config)"
 
 OBSERVED = "output of the observer"
-
-Planner = Callable[..., AttnPlan]
-
-# Called as (layer, q, k, v, layout, scale, module); a returned tensor [B, Sq, Hq, Dv] is the
-# attention output that the layer goes on with.
-Observer = Callable[[int, Tensor, Tensor, Tensor, TokenLayout, float, torch.nn.Module], Any]
-
-
-class NotCopyable:
-    """Holds hooks of one model instance: copies and pickles would act on the wrong one."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            "a patched model cannot be pickled or deep-copied: call permattn.unpatch(model) first "
-            "(save_pretrained and state_dict work as they are)"
-        )
-
-
-class CallCounts:
-    """Attention calls of one handle, counted from any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.sparse = 0
-        self.no_labels = 0
-        self.dense_reasons: Counter[str] = Counter()
-
-    def count_sparse(self) -> None:
-        """One call ran sparse."""
-        with self._lock:
-            self.sparse += 1
-
-    def count_dense(self, reason: str) -> None:
-        """One call ran dense, and why."""
-        with self._lock:
-            self.dense_reasons[reason] += 1
-
-    def count_no_labels(self) -> None:
-        """One pass came without anything that tells text from video."""
-        with self._lock:
-            self.no_labels += 1
-
-
-class Watch:
-    """What looks on while a model runs; shared by its layers. None = nothing does."""
-
-    observer: Observer | None = None
-
-
-@dataclass(eq=False)
-class LayerState(NotCopyable):
-    """What the attention function knows about one patched layer.
-
-    Args:
-        owner: key of the handle's entries in `context`.
-        heads: one pattern per query head, globally numbered.
-        key: a 0-dim CPU tensor: compiled graphs take it as an input, where a plain integer would
-            become a guard and compile every layer anew.
-        report_plan: called with (layer, plan) after planning.
-        watch: where an observer may stand.
-    """
-
-    owner: object
-    index: int
-    heads: tuple[HeadPattern, ...]
-    min_q_len: int
-    planner: Planner
-    backend: str
-    counts: CallCounts
-    key: Tensor
-    report_plan: Callable[[int, AttnPlan], None]
-    watch: Watch = field(default_factory=Watch)
-
-    @property
-    def always_dense(self) -> bool:
-        """Whether the config leaves nothing to plan."""
-        return all(head.pattern == "dense" for head in self.heads)
-
 
 _keys = itertools.count(1)
 _modules: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
@@ -276,7 +192,7 @@ def run_layer(
         seen = layer.watch.observer(layer.index, q, live_k, live_v, layout, scale, module)
         if isinstance(seen, Tensor):
             layer.counts.count_dense(OBSERVED)
-            return _checked_output(seen, q, v)
+            return checked_output(seen, q, v)
     reason = reason or _why_dense_config(layer, q)
     if reason is not None or layout is None:
         layer.counts.count_dense(reason or NO_LAYOUT)
@@ -284,17 +200,9 @@ def run_layer(
     # A static cache's rows past the live ones are not keys.
     k, v = k[:, :, : layout.kv_len], v[:, :, : layout.kv_len]
     heads = local_heads(module, layer.heads, q.shape[1])
-    with torch.no_grad():
-        # Planners probe with 1 / sqrt(D); a model with another scale is probed with its own.
-        usual = q.shape[-1] ** -0.5
-        probed = q if math.isclose(scale, usual, rel_tol=1e-6) else q * (scale / usual)
-        plan = layer.planner(
-            probed, k, layout.rows, heads, left_pad=layout.left_pad, right_pad=layout.right_pad
-        )
-    layer.report_plan(layer.index, plan)
-    out = sparse_attention(q, k, v, plan, scale=scale, backend=layer.backend)
+    out = attend_planned(layer, q, k, v, layout, heads, scale)
     layer.counts.count_sparse()
-    return out.transpose(1, 2)
+    return out
 
 
 @torch.compiler.disable
@@ -350,30 +258,6 @@ def dense_attention(
     return out
 
 
-def local_heads(
-    module: torch.nn.Module, heads: Sequence[HeadPattern], num_local: int
-) -> tuple[HeadPattern, ...]:
-    """The patterns of this rank's query heads under tensor parallelism; all of them without.
-
-    Raises:
-        RuntimeError: heads are split in a way that does not tell which ones are here.
-    """
-    if num_local == len(heads):
-        return tuple(heads)
-    if len(set(heads)) == 1:
-        return (heads[0],) * num_local
-    weight = getattr(getattr(module, "q_proj", None), "weight", None)
-    mesh = getattr(weight, "device_mesh", None)
-    if mesh is None:
-        raise RuntimeError(
-            f"config: layer has {len(heads)} head patterns, got {num_local} heads and no sharded "
-            "q_proj that tells which; use the same pattern for every head"
-        )
-    per_rank = -(-len(heads) // mesh.size())
-    first = mesh.get_local_rank() * per_rank
-    return tuple(heads[first : first + num_local])
-
-
 def _why_dense_call(
     query: Tensor,
     causal: bool,
@@ -398,17 +282,6 @@ def _why_dense_config(layer: LayerState, q: Tensor) -> str | None:
     if layer.always_dense:
         return DENSE_LAYER
     return "q_len below min_q_len" if q.shape[2] < layer.min_q_len else None
-
-
-def _checked_output(out: Tensor, q: Tensor, v: Tensor) -> Tensor:
-    """What an observer returned. Raises ValueError unless it can stand for the attention output."""
-    want = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-    if out.shape != want or out.dtype != q.dtype or out.device != q.device:
-        raise ValueError(
-            f"observer: wants None or a tensor [B, Sq, Hq, Dv] = {list(want)} of {q.dtype} on "
-            f"{q.device}, got {list(out.shape)} of {out.dtype} on {out.device}"
-        )
-    return out
 
 
 def _why_dense_pass(

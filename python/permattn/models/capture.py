@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from permattn.core import Segment
 from permattn.models import context
-from permattn.models.attention import LAYOUT_KEYWORD, NAME, CallCounts, NotCopyable
+from permattn.models.attention import LAYOUT_KEYWORD, NAME
 from permattn.models.frames import (
     AUDIO,
     IMAGE,
@@ -38,6 +38,7 @@ from permattn.models.frames import (
     segments_before,
     with_runs,
 )
+from permattn.models.layer import CallCounts, NotCopyable
 from permattn.models.layout import Family, TokenLayout, padding_of_mask
 
 _GRID_KEYWORDS = {IMAGE: "image_grid_thw", VIDEO: "video_grid_thw"}

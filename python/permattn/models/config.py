@@ -7,21 +7,55 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from permattn.patterns.mminference import HeadPattern
 
+# Loads the config that ships with the package for the model's type.
+SHIPPED = "shipped"
+_SHIPPED_FOLDER = Path(__file__).with_name("configs")
 
-def _no_unknown_keys(value: Any) -> Any:
+
+def shipped_configs() -> tuple[str, ...]:
+    """Model types that a config ships for; `patch(model, "shipped")` loads it."""
+    return tuple(sorted(path.stem for path in _SHIPPED_FOLDER.glob("*.json")))
+
+
+def _no_unknown_keys(value: Any, place: str = "") -> Any:
+    """Raises ValueError unless a dict, and every dict of its `when`, has keys of `HeadPattern`."""
     if isinstance(value, dict):
         known = {field.name for field in dataclasses.fields(HeadPattern)}
         unknown = sorted(set(value) - known)
         if unknown:
-            raise ValueError(f"unknown keys {unknown}; wants some of {sorted(known)}")
+            raise ValueError(f"{place}unknown keys {unknown}; wants some of {sorted(known)}")
+        nested = value.get("when")
+        if isinstance(nested, dict):
+            for name, pattern in nested.items():
+                _no_unknown_keys(pattern, f"{place}when.{name}: ")
     return value
 
 
-Pattern = Annotated[HeadPattern, BeforeValidator(_no_unknown_keys)]
+def _written(head: HeadPattern) -> dict[str, Any]:
+    """The fields that are not at their default, as JSON has them."""
+    data: dict[str, Any] = {}
+    for field in dataclasses.fields(HeadPattern):
+        value = getattr(head, field.name)
+        if value != field.default:
+            data[field.name] = list(value) if isinstance(value, tuple) else value
+    if head.when:
+        data["when"] = {name: _written(pattern) for name, pattern in dict(head.when).items()}
+    return data
+
+
+Pattern = Annotated[HeadPattern, BeforeValidator(_no_unknown_keys), PlainSerializer(_written)]
 
 
 class LayerConfig(BaseModel):
@@ -45,6 +79,9 @@ class PrefillConfig(BaseModel):
         model_type, num_layers, num_heads, num_kv_heads: what it was made for; checked when a model
             is patched; None = any.
         min_q_len: passes with fewer queries run dense: there planning costs more than it saves.
+        heads_per_pass: query heads that are planned and attended at a time, rounded down to whole
+            groups of one key head; plans and running sums then cost memory for these heads only.
+            None = all at once. The results are the same.
         dense_layers: layers that always run dense.
         default: the pattern of every head that `layers` does not name.
         layers: patterns per layer number.
@@ -62,6 +99,7 @@ class PrefillConfig(BaseModel):
     num_heads: int | None = Field(default=None, ge=1)
     num_kv_heads: int | None = Field(default=None, ge=1)
     min_q_len: int = Field(default=4096, ge=2)
+    heads_per_pass: int | None = Field(default=None, ge=1)
     dense_layers: tuple[int, ...] = ()
     default: Pattern = HeadPattern()
     layers: dict[int, LayerConfig] = Field(default_factory=dict)
@@ -78,15 +116,24 @@ class PrefillConfig(BaseModel):
         return self
 
     @classmethod
-    def load(cls, config: PrefillConfig | dict[str, Any] | str | Path | None) -> PrefillConfig:
+    def load(
+        cls,
+        config: PrefillConfig | dict[str, Any] | str | Path | None,
+        model_type: str | None = None,
+    ) -> PrefillConfig:
         """From any form that `permattn.patch` takes; None is the default config.
 
+        Args:
+            model_type: whose config "shipped" names.
+
         Raises:
-            ValueError: what is wrong in the config, in one line.
+            ValueError: what is wrong in the config, in one line; "shipped", and none ships.
             TypeError: none of the forms.
         """
         if config is None:
             return cls()
+        if config == SHIPPED and model_type is not None:
+            return cls.shipped(model_type)
         if isinstance(config, cls):
             return config
         if isinstance(config, (str, Path)):
@@ -112,6 +159,20 @@ class PrefillConfig(BaseModel):
             raise ValueError(f"config {path}: not a JSON file: {e}") from e
         return cls._checked(data, f"config {path}")
 
+    @classmethod
+    def shipped(cls, model_type: str) -> PrefillConfig:
+        """The config that comes with the package.
+
+        Raises:
+            ValueError: none does for this `model_type`; names those that do.
+        """
+        known = shipped_configs()
+        if model_type not in known:
+            raise ValueError(
+                f"config: none is shipped for model_type {model_type!r}, only for {list(known)}"
+            )
+        return cls.from_json(_SHIPPED_FOLDER / f"{model_type}.json")
+
     def to_json(self, path: str | Path) -> None:
         """Writes the config as indented JSON; fields at their default are left out."""
         data = self.model_dump(mode="json", exclude_defaults=True)
@@ -124,7 +185,9 @@ class PrefillConfig(BaseModel):
             return cls.model_validate(data)
         except ValidationError as e:
             first = e.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"])) or "top level"
+            # pydantic names the branch of a union too ("dict[str,...]"), which is in no file.
+            steps = [str(step) for step in first["loc"] if "[" not in str(step)]
+            place = ".".join(steps) or "top level"
             message = first["msg"].removeprefix("Value error, ")
             got = f", got {first['input']!r}" if first["type"] != "value_error" else ""
             raise ValueError(f"{what}: {place}: {message}{got}") from e
@@ -132,7 +195,7 @@ class PrefillConfig(BaseModel):
     def check_model(
         self, *, model_type: str, num_layers: int, num_heads: int, num_kv_heads: int
     ) -> None:
-        """Raises ValueError unless the config was made for a model of these sizes."""
+        """Raises ValueError unless the config fits a model of these sizes."""
         got = {
             "model_type": model_type,
             "num_layers": num_layers,
@@ -143,6 +206,12 @@ class PrefillConfig(BaseModel):
             want = getattr(self, name)
             if want is not None and want != value:
                 raise ValueError(f"config.{name}: made for {want!r}, got a model with {value!r}")
+        group = num_heads // num_kv_heads
+        if self.heads_per_pass is not None and self.heads_per_pass < group:
+            raise ValueError(
+                f"config.heads_per_pass: wants at least the {group} query heads that share a key "
+                f"head, got {self.heads_per_pass}"
+            )
         for number in (*self.dense_layers, *self.layers):
             if not 0 <= number < num_layers:
                 raise ValueError(

@@ -16,21 +16,11 @@ from transformers import PreTrainedModel
 
 from permattn.core import AttnPlan, Segment
 from permattn.models import context
-from permattn.models.attention import (
-    LAYER,
-    NAME,
-    NO_LAYOUT,
-    CallCounts,
-    NotCopyable,
-    Observer,
-    Planner,
-    Watch,
-    mark_layer,
-    unmark_layer,
-)
+from permattn.models.attention import LAYER, NAME, NO_LAYOUT, mark_layer, unmark_layer
 from permattn.models.capture import LayoutCapture
 from permattn.models.config import PrefillConfig
 from permattn.models.families import family_of
+from permattn.models.layer import CallCounts, NotCopyable, Observer, Planner, Watch
 from permattn.models.layout import TokenLayout
 from permattn.patterns.mminference import plan_prefill
 
@@ -53,7 +43,8 @@ def patch(
 
     Args:
         model: a `PreTrainedModel`; PEFT and torch.compile wrappers are looked through.
-        config: a `PrefillConfig`, a dict, a path to a JSON file, or None: "auto" for every head.
+        config: a `PrefillConfig`, a dict, a path to a JSON file, "shipped" (the package's own for
+            this type of model), or None: "auto" for every head.
         backend: see `permattn.sparse_attention`.
         planner: a pattern of your own, called as `plan_prefill` is: (q, k, rows, heads,
             left_pad=..., right_pad=...) -> AttnPlan, once per layer and pass.
@@ -68,7 +59,8 @@ def patch(
     model = _unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: wants a transformers PreTrainedModel, got {type(model).__name__}")
-    handle = Handle(model, PrefillConfig.load(config), backend=backend, planner=planner)
+    loaded = PrefillConfig.load(config, model.config.model_type)
+    handle = Handle(model, loaded, backend=backend, planner=planner)
     model.__dict__[_HANDLE] = handle
     return handle
 
@@ -104,6 +96,12 @@ class Handle(NotCopyable):
             num_heads=num_heads,
             num_kv_heads=getattr(sizes, "num_key_value_heads", None) or num_heads,
         )
+        soft = sorted(layer.layer_idx for layer in layers)
+        for number in config.layers:
+            if number not in soft:
+                raise ValueError(
+                    f"config.layers.{number}: softmax attention is in layers {soft} only"
+                )
         self.config = config
         self.last_layout: TokenLayout | None = None
         self.on_plan: Callable[[int, AttnPlan], None] | None = None
@@ -130,6 +128,7 @@ class Handle(NotCopyable):
                 index=layer.layer_idx,
                 heads=config.heads_of(layer.layer_idx, num_heads),
                 min_q_len=config.min_q_len,
+                heads_per_pass=config.heads_per_pass,
                 planner=planner,
                 backend=backend,
                 counts=self._counts,

@@ -17,7 +17,9 @@ def family(config: Any) -> Family:
     if "pixtral" in vision.model_type:
         return Family(image_token=config.image_token_id)
     side = vision.image_size // vision.patch_size
-    has_class_token = config.vision_feature_select_strategy == "full" and "clip" in vision.model_type
+    has_class_token = (
+        config.vision_feature_select_strategy == "full" and "clip" in vision.model_type
+    )
     return Family(
         image_token=config.image_token_id,
         frames=FixedFrames(side, side, head=int(has_class_token), as_images=True),

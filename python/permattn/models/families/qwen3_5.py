@@ -1,4 +1,4 @@
-"""Qwen3.5, dense and mixture-of-experts: timestamps between frames; linear-attention layers between.
+"""Qwen3.5, dense and mixture-of-experts: timestamps stand between the frames of a video.
 
 Linear-attention layers have no softmax and stay as they are.
 """

@@ -1,6 +1,6 @@
 """VideoLLaMA3: a timestamp before every frame; sizes come with a merge size per image and video.
 
-Where the processor drops tokens of still frames (`video_compression_mask`), no grid is left, and the
+Where the processor drops tokens of still frames (`video_compression_mask`), no grid is left and the
 prompt runs dense.
 """
 
