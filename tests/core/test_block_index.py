@@ -109,3 +109,16 @@ def test_bad_shapes_raise():
         broken(row_offsets=[[[0, 2]]])
     with pytest.raises(ValueError, match="int32"):
         BlockIndex(*(torch.zeros(1, 1, n) for n in (1, 2, 1)), 4, 4)
+
+
+def test_without_blocks_keeps_order_and_full_marks():
+    torch.manual_seed(0)
+    starts, stops = torch.tensor([[[[1, 4], [0, 2]]]]), torch.tensor([[[[4, 7], [1, 7]]]])
+    index = BlockIndex.from_ranges(
+        starts, stops, num_full_ranges=1, capacity=15, block_q=2, block_kv=2
+    )
+    dropped = torch.tensor([[[False, True, False, False, True, False, False]]])
+    left = index.without_blocks(dropped)
+    rows = [left.kv_indices[0, 0, a:b].tolist() for a, b in ((0, 4), (4, 9))]
+    assert rows == [[2, 3, 5, 6], [0, 2, 3, 5, 6]]
+    assert left.row_offsets.tolist() == [[[0, 4, 9]]] and left.kv_num_full.tolist() == [[[2, 1]]]
