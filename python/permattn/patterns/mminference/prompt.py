@@ -131,10 +131,10 @@ def describe_prompt(
         ValueError: pads that leave no room, or a segment that starts past the keys.
     """
     names = list(dict.fromkeys([TEXT, *(s.modality for row in rows for s in row)]))
-    modality = torch.zeros(len(rows), num_kv, dtype=torch.int16)
     first, stop, grids = [], [], []
     # Cached tensors outlive the call: they must not be inference tensors.
     with torch.inference_mode(False):
+        modality = torch.zeros(len(rows), num_kv, dtype=torch.int16)
         for i, segments in enumerate(rows):
             if left_pad[i] < 0 or right_pad[i] < 0 or left_pad[i] + right_pad[i] > num_kv:
                 raise ValueError(
