@@ -1,0 +1,8 @@
+"""Constructed heads live in the bench, a folder of the repository, not of the package."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
