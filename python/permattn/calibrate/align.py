@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from permattn.calibrate.layer import Heads, LayerInput, pairs_of
 from permattn.calibrate.space import BLOCK, Candidate
 from permattn.patterns.mminference import HeadPattern
+from permattn.patterns.mminference.config import Boundary
 
 _ROUNDS = 6
 # A step may not change a scale by more than this: a plan's cost has steps of its own.
@@ -60,12 +61,19 @@ class Budget:
 
 
 def fit(
-    candidate: Candidate, layer: LayerInput, budget: float, tolerance: float
+    candidate: Candidate,
+    layer: LayerInput,
+    budget: float,
+    tolerance: float,
+    boundary: Boundary = "none",
 ) -> tuple[Heads, list[float]]:
     """The candidate at the size that meets the budget, head by head.
 
     Heads share one scale where the candidate scales windows, and have their own where it scales
     counts. A candidate that stays below the budget at any size is taken as large as it gets.
+
+    Args:
+        boundary: "q" = every query modality runs it, with a probe of its own.
 
     Returns: per head a pattern and its computed pairs; a head that cannot go below the budget keeps
         its cheapest size.
@@ -76,7 +84,8 @@ def fit(
     low, high = [0.0] * heads, [float("inf")] * heads
     tried: list[tuple[tuple[HeadPattern, ...], list[float]]] = []
     for _ in range(_ROUNDS):
-        patterns = tuple(candidate.at(s, keys_per_row=keys, num_kv=layer.num_kv) for s in scales)
+        sized = (candidate.at(s, keys_per_row=keys, num_kv=layer.num_kv) for s in scales)
+        patterns = tuple(replace(p, boundary=boundary) for p in sized)
         if any(patterns == before for before, _ in tried):
             break
         pairs = pairs_of(layer.plan(patterns), layer).tolist()

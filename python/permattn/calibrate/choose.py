@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from permattn.calibrate.trials import (
     Record,
@@ -64,10 +64,12 @@ def own_patterns(
     records: Sequence[Record], names: Mapping[str, str], head: int
 ) -> dict[str, HeadPattern]:
     """The patterns behind `choose_own`, without their boundary."""
-    return {
-        m: patterns_of(records[0], "none/" + name.removeprefix("q/"))[head]
-        for m, name in names.items()
-    }
+    return {m: alone(patterns_of(records[0], name)[head]) for m, name in names.items()}
+
+
+def alone(pattern: HeadPattern) -> HeadPattern:
+    """The pattern as part of another one's boundary."""
+    return replace(pattern, boundary="none")
 
 
 def choose_boundary(
@@ -94,12 +96,14 @@ def choose_boundary(
         _, number, kind = name.split("/", 2)
         if kind != "own":
             other = others(modalities, m)[int(number)]
-            cross[m, other] = patterns_of(intra[0], f"none/{kind}")[head]
+            cross[m, other] = alone(patterns_of(intra[0], f"q/{kind}")[head])
     label += "".join(f"; {m} to {x}: {_kind(picks[m])}" for m, x in cross)
     by_pair = _combined(pairs, picks, head, label, per_pair(own, cross, main))
+    most = intra[0]["budget"] * (1 + intra[0]["tolerance"]) / max(intra[0]["causal"], 1)
     chosen = whole
     for option in (by_query, by_pair):
-        if option.error * (1 + NEAR) < chosen.error:
+        affordable = option.density <= max(most, whole.density)
+        if affordable and option.error * (1 + NEAR) < chosen.error:
             chosen = option
     return chosen
 
@@ -107,7 +111,7 @@ def choose_boundary(
 def measured(choice: Choice, records: Sequence[Record], head: int) -> Choice:
     """The choice with the numbers of the run in which all choices stood together ("final")."""
     found = _choice(records, "final", head, {})
-    return Choice(choice.name, choice.pattern, found.error, found.recall, found.density, choice.ms)
+    return replace(choice, error=found.error, recall=found.recall, density=found.density)
 
 
 def mean_times(records: Sequence[Record]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from torch import nn
 from permattn._version import __version__
 from permattn.calibrate.align import Budget
 from permattn.calibrate.choose import (
+    alone,
     choose_boundary,
     choose_own,
     choose_whole,
@@ -225,7 +226,8 @@ class _Search:
         ]
         own = {m: tuple(c[m] for c in chosen) for m in modalities}
         fitted = {
-            c.name: patterns_of(records[0], f"none/{c.name}") for c in self._options.space.cross
+            c.name: tuple(map(alone, patterns_of(records[0], f"q/{c.name}")))
+            for c in self._options.space.cross
         }
         plan = self._plan(place, modalities)
         return try_pairs(layer, exact, plan, own, fitted, place.on_share)

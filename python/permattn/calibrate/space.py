@@ -151,6 +151,26 @@ class Space:
         return Space(kept, tuple(c for c in self.cross if c.name.startswith(names)))
 
 
+def describe(pattern: HeadPattern) -> str:
+    """A pattern in a few words: what it is, and the sizes that matter to it."""
+    p = pattern
+    sizes = {
+        "dense": "",
+        "a_shape": f"{p.sink}+{p.local}",
+        "tri_shape": f"{p.sink}+{p.local}+{p.last}",
+        "vertical_slash": f"{p.vertical}+{p.slash}",
+        "block_sparse": f"{p.blocks}",
+        "grid": f"{'/'.join(map(str, p.strides))} "
+        f"{''.join(n for n, on in zip('hvs', (p.h, p.v, p.s), strict=True) if on)} {p.local}",
+        "auto": f"{p.vertical}+{p.slash}",
+    }[p.pattern]
+    inner = f"{p.pattern} {sizes}".strip()
+    if p.boundary in ("none", "k"):
+        return inner
+    parts = ", ".join(f"{name}: {describe(x)}" for name, x in dict(p.when).items())
+    return f"{p.boundary}-boundary ({parts or inner})"
+
+
 def pattern_to_json(pattern: HeadPattern) -> dict[str, Any]:
     """The fields that differ from the default; `pattern` itself always."""
     out: dict[str, Any] = {"pattern": pattern.pattern}

@@ -14,8 +14,9 @@ from typing import Any
 
 from permattn.calibrate.align import Budget, fit
 from permattn.calibrate.layer import Exact, Heads, LayerInput, score, time_patterns
-from permattn.calibrate.space import Candidate, Space, pattern_from_json, pattern_to_json
+from permattn.calibrate.space import Space, pattern_from_json, pattern_to_json
 from permattn.patterns.mminference import HeadPattern
+from permattn.patterns.mminference.config import Boundary
 
 Record = dict[str, Any]
 # Reports how much of the layer is done, in [0, 1].
@@ -56,21 +57,23 @@ def try_whole_heads(
             holds one size, whatever the prompt.
     """
     budget = plan.budget.pairs(layer)
-    boundaries = ("none", "q") if len(plan.modalities) > 1 else ("none",)
+    boundaries: tuple[Boundary, ...] = ("none", "q") if len(plan.modalities) > 1 else ("none",)
     trials: dict[str, Any] = {}
     seen: dict[tuple[HeadPattern, ...], str] = {}
-    for i, candidate in enumerate(plan.space.candidates):
-        fitted = _fitted(candidate, layer, budget, plan.budget.tolerance, first)
-        for j, boundary in enumerate(boundaries):
-            name = f"{boundary}/{candidate.name}"
-            patterns = tuple(with_boundary(p, boundary) for p in fitted)
-            if patterns in seen:
-                trials[name] = {"same": seen[patterns]}
-            else:
-                seen[patterns] = name
-                trials[name] = _trial(layer, exact, patterns)
-            done = (i + (j + 1) / len(boundaries)) / len(plan.space.candidates)
-            on_share(done * (0.5 if plan.timed else 1.0))
+    todo = [(b, c) for c in plan.space.candidates for b in boundaries]
+    for i, (boundary, candidate) in enumerate(todo):
+        name = f"{boundary}/{candidate.name}"
+        if first is not None:
+            patterns = patterns_of(first, name)
+        else:
+            sizes, _ = fit(candidate, layer, budget, plan.budget.tolerance, boundary)
+            patterns = tuple(sizes)
+        if patterns in seen:
+            trials[name] = {"same": seen[patterns]}
+        else:
+            seen[patterns] = name
+            trials[name] = _trial(layer, exact, patterns)
+        on_share((i + 1) / len(todo) * (0.5 if plan.timed else 1.0))
     if plan.timed:
         _add_times(layer, trials, plan.rounds, lambda x: on_share(0.5 + 0.5 * x))
     return _record(layer, exact, plan, trials)
@@ -105,11 +108,6 @@ def try_final(layer: LayerInput, exact: Exact, plan: Plan, heads: Heads) -> Reco
     """The chosen patterns together: one trial, "final"."""
     trials = {"final": _trial(layer, exact, tuple(heads))}
     return _record(layer, exact, plan, trials)
-
-
-def with_boundary(pattern: HeadPattern, boundary: str) -> HeadPattern:
-    """The pattern, every query modality with a probe of its own for "q"."""
-    return replace(pattern, boundary=boundary)  # type: ignore[arg-type]
 
 
 def per_modality(own: Mapping[str, HeadPattern], main: str) -> HeadPattern:
@@ -165,18 +163,6 @@ def _pair_trials(
                 cross = {(m, others(modalities, m)[i]): fitted[name][h] for m in changed}
                 heads.append(per_pair(mine, cross, modalities[0]))
             yield f"2d/{i}/{name or 'own'}", tuple(heads)
-
-
-def _fitted(
-    candidate: Candidate,
-    layer: LayerInput,
-    budget: float,
-    tolerance: float,
-    first: Record | None,
-) -> tuple[HeadPattern, ...]:
-    if first is not None:
-        return patterns_of(first, f"none/{candidate.name}")
-    return tuple(fit(candidate, layer, budget, tolerance)[0])
 
 
 def _trial(layer: LayerInput, exact: Exact, patterns: tuple[HeadPattern, ...]) -> dict[str, Any]:

@@ -24,6 +24,11 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 
+_MODEL = (
+    "A checkpoint: a local folder or a hub id. Default: a model with constructed weights; its text "
+    "is meaningless, its attention looks like that of trained models."
+)
+
 
 def run(argv: Sequence[str]) -> int:
     """Runs one command line and turns every expected end into an exit code."""
@@ -91,10 +96,7 @@ def demo(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="A checkpoint: a local folder or a hub id. Default: a model with constructed "
-            "weights; its text is meaningless, its attention looks like that of trained models."
-        ),
+        typer.Option(help=_MODEL),
     ] = None,
     frames: Annotated[
         int | None, typer.Option(min=4, help="Video frames to read. Default: from --tokens.")
@@ -119,6 +121,129 @@ def demo(
     from permattn.cli.demo.run import Options, show
 
     options = Options(video, model, frames, tokens, device, dtype, backend, out, rounds)
+    show(options, as_json=json)
+
+
+@app.command()
+def report(
+    model: Annotated[str | None, typer.Option(help=_MODEL)] = None,
+    video: Annotated[
+        Path | None, typer.Option(help="A video file. Default: one made from photographs.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A config that calibrate wrote. Default: auto for every head."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="At least that many visual tokens.")] = 8192,
+    frames: Annotated[
+        int | None, typer.Option(min=4, help="Video frames to read. Default: from --tokens.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Such as 0,4-7. Default: all.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.json and report.png.")] = Path(
+        "report-out"
+    ),
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    backend: Annotated[str, typer.Option(help="auto, cpu, triton or reference.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Show what a config does to one prompt: pattern, density, recall and error of every head.
+
+    Recall is the share of the true attention mass that the plan keeps; the error is that of the
+    attention output, on exact inputs.
+    """
+    from permattn.cli.prompts import PromptOptions
+    from permattn.cli.report.run import Options, show
+
+    videos = () if video is None else (video,)
+    prompts = PromptOptions(model, videos, 1, tokens, frames)
+    show(Options(prompts, config, layers, out, device, dtype, backend), as_json=json)
+
+
+calibrate = typer.Typer(
+    help="Search offline for what every head of a model should run.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(calibrate, name="calibrate")
+
+
+@calibrate.command()
+def mminference(
+    model: Annotated[str | None, typer.Option(help=_MODEL)] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(help="A video file; once per sample. Default: made from photographs."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Videos to make where none is given.")] = 1,
+    tokens: Annotated[
+        int, typer.Option(min=64, help="At least that many visual tokens per sample.")
+    ] = 16384,
+    frames: Annotated[
+        int | None, typer.Option(min=4, help="Video frames to read. Default: from --tokens.")
+    ] = None,
+    config_out: Annotated[
+        Path | None, typer.Option(help="Where the config goes. Default: config.json in --out.")
+    ] = None,
+    default_out: Annotated[
+        Path | None,
+        typer.Option(help="Also a config of the most common pattern alone, for any size."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.json and report.png.")] = Path(
+        "calibrate-out"
+    ),
+    budget: Annotated[
+        str, typer.Option(help="SINK+LOCAL: a head may cost what this A-shape costs.")
+    ] = "1024+4096",
+    density: Annotated[
+        float | None, typer.Option(help="In place of --budget: a share of all causal pairs.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Such as 0,4-7. Default: all.")] = None,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(help="Only candidates whose name starts so, such as grid; may repeat."),
+    ] = None,
+    boundaries: Annotated[
+        bool, typer.Option(help="Search patterns per modality and per pair of modalities.")
+    ] = True,
+    rounds: Annotated[int, typer.Option(min=0, help="Timed rounds; 0 = do not time.")] = 3,
+    max_error: Annotated[
+        float | None, typer.Option(min=0.0, help="Heads that err by more stay dense.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="A folder that keeps what is measured; go on from it.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    backend: Annotated[str, typer.Option(help="auto, cpu, triton or reference.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Find the prefill pattern of every head, and write the config that patch() reads.
+
+    Candidates of equal cost are compared by the error of the attention output; kernel time decides
+    between near ones.
+    """
+    from permattn.cli.calibrate.run import Options, show
+    from permattn.cli.prompts import PromptOptions
+
+    prompts = PromptOptions(model, tuple(video or ()), samples, tokens, frames)
+    options = Options(
+        prompts=prompts,
+        config_out=config_out,
+        default_out=default_out,
+        out=out,
+        budget=budget,
+        density=density,
+        layers=layers,
+        candidates=tuple(candidate or ()),
+        boundaries=boundaries,
+        rounds=rounds,
+        max_error=max_error,
+        resume=resume,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+    )
     show(options, as_json=json)
 
 

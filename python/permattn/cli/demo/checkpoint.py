@@ -72,6 +72,32 @@ def checkpoint_subject(
 ) -> tuple[Subject, Clip]:
     """A checkpoint on a prompt of one video and one question."""
     model, processor = load(name, device=device, dtype=dtype)
+    return ask(
+        name,
+        model,
+        processor,
+        read,
+        tokens=tokens,
+        frames=frames,
+        aspect=aspect,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def ask(
+    name: str,
+    model: Any,
+    processor: Any,
+    read: Reader,
+    *,
+    tokens: int,
+    frames: int | None,
+    aspect: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Subject, Clip]:
+    """A loaded checkpoint on a prompt of one video and one question."""
     patch = 2 * int(getattr(model.config.vision_config, "patch_size", 14))
     grid = choose_grid(tokens, frames, aspect)
     for _ in range(_ATTEMPTS):

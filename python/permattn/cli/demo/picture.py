@@ -69,7 +69,7 @@ def draw(
     grid = outer[1].subgridspec(len(heads), 4, wspace=0.09, hspace=0.30)
     for i, head in enumerate(heads):
         axes = [figure.add_subplot(grid[i, j]) for j in range(4)]
-        _draw_head(axes, report.heads[i], head, layers[head.layer], first=i == 0)
+        draw_head(axes, report.heads[i], head, layers[head.layer], first=i == 0)
         on_step()
     figure.savefig(path, facecolor=_PAPER)
     on_step()
@@ -149,9 +149,15 @@ def _draw_bars(axis: Any, report: Report, label: str, name: str) -> None:
     axis.spines[:].set_visible(False)
 
 
-def _draw_head(
+def draw_head(
     axes: list[Any], facts: dict[str, Any], head: SheetHead, layer: Drawn, *, first: bool
 ) -> None:
+    """Four maps of one head: attention and plan, over the whole prompt and over its end.
+
+    Args:
+        facts: its "recall" and "density".
+        first: whether to name the axes.
+    """
     tokens = layer.q.shape[2]
     group = layer.q.shape[1] // layer.k.shape[1]
     q, k = layer.q[0, head.head], layer.k[0, head.head // group]

@@ -71,13 +71,18 @@ def encode(
     num_frames: int,
     width: int,
     height: int,
+    first_photo: int = 0,
     on_frame: Callable[[], object] = lambda: None,
 ) -> None:
     """Writes a video of `photographs`: every shot pans and zooms, shots are cut hard.
 
     The file appears whole or not at all.
+
+    Args:
+        first_photo: which one it starts with, so that several videos differ.
     """
     photos = photographs()
+    photos = photos[first_photo % len(photos) :] + photos[: first_photo % len(photos)]
     part = path.with_name(f".{path.name}.part")
     try:
         with av.open(str(part), "w", format="mp4") as container:

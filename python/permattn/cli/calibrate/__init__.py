@@ -1,0 +1,1 @@
+"""`permattn calibrate`: offline searches, their tables and pictures."""

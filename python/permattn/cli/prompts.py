@@ -1,0 +1,141 @@
+"""A model and one prompt per video, for commands that look at several."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from permattn.cli.demo import video
+from permattn.cli.demo.constructed import Grid, Sizes
+from permattn.cli.demo.subject import Subject, choose_grid, constructed_subject, patches_of
+from permattn.cli.errors import UserError
+
+OWN_VIDEO_ASPECT = 2.0
+SIZES = Sizes()
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What to run on.
+
+    Args:
+        model: a checkpoint; None = the demo's model with constructed weights.
+        videos: one prompt each; none = `samples` videos made from photographs.
+        tokens: at least that many visual tokens per prompt.
+        frames: video frames to read; None = from `tokens`.
+    """
+
+    model: str | None
+    videos: tuple[Path, ...]
+    samples: int
+    tokens: int
+    frames: int | None
+
+    def check(self) -> None:
+        """Raises UserError for files that are not there, and samples that no video is for."""
+        for path in self.videos:
+            if not path.is_file():
+                raise UserError(f"--video {path}: no such file; give the path of a video")
+        if self.videos and self.samples not in (1, len(self.videos)):
+            raise UserError(
+                f"--samples {self.samples}: wants one sample per --video, got "
+                f"{len(self.videos)} videos"
+            )
+
+
+def progress_bar(remarks: Console) -> Progress:
+    """The bar that every long command shows, on stderr."""
+    return Progress(
+        TextColumn("{task.description:34}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        console=remarks,
+    )
+
+
+def prepare(
+    options: PromptOptions, progress: Progress, *, device: torch.device, dtype: torch.dtype
+) -> list[Subject]:
+    """One model and its inputs, one subject per prompt; all share the model.
+
+    Raises:
+        UserError: a model or video that cannot be read.
+    """
+    options.check()
+    count = len(options.videos) or options.samples
+    task = progress.add_task("reading videos and model", total=count)
+    subjects: list[Subject] = []
+    loaded: tuple[Any, Any] | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(count):
+            source = _Source(options.videos, i, Path(folder) / f"own{i}.mp4")
+            if options.model is None:
+                subjects.append(_constructed(options, source, subjects, device, dtype))
+            else:
+                from permattn.cli.demo import checkpoint
+
+                loaded = loaded or checkpoint.load(options.model, device=device, dtype=dtype)
+                subject, _ = checkpoint.ask(
+                    options.model,
+                    *loaded,
+                    source.read,
+                    tokens=options.tokens,
+                    frames=options.frames,
+                    aspect=source.aspect,
+                    device=device,
+                    dtype=dtype,
+                )
+                subjects.append(subject)
+            progress.advance(task)
+    return subjects
+
+
+class _Source:
+    """The i-th video: a given file, or one made on demand."""
+
+    def __init__(self, videos: Sequence[Path], number: int, own: Path) -> None:
+        self._given = videos[number] if videos else None
+        self._number, self._own = number, own
+        self.aspect = OWN_VIDEO_ASPECT if self._given is None else video.aspect_of(self._given)
+
+    def read(self, pixels: Grid) -> video.Clip:
+        """A clip of two frames per grid frame; height and width in pixels."""
+        size: dict[str, Any] = {
+            "num_frames": 2 * pixels.frames,
+            "width": pixels.width,
+            "height": pixels.height,
+        }
+        if self._given is None:
+            video.encode(self._own, **size, first_photo=self._number)
+        return video.decode(self._given or self._own, **size)
+
+
+def _constructed(
+    options: PromptOptions,
+    source: _Source,
+    before: Sequence[Subject],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Subject:
+    """The demo's model on its first video; on others the same model and prompt, new pixels."""
+    if before:
+        # The model is built for one grid of tokens.
+        t, h, w = before[0].inputs["video_grid_thw"][0].tolist()
+        grid = Grid(t, h // 2, w // 2)
+    else:
+        grid = choose_grid(options.tokens, options.frames, source.aspect)
+    side = 2 * SIZES.patch
+    clip = source.read(Grid(grid.frames, grid.height * side, grid.width * side))
+    if not before:
+        return constructed_subject(clip, grid, device=device, dtype=dtype, sizes=SIZES)
+    pixels, _ = patches_of(clip.frames, SIZES.patch)
+    inputs = before[0].inputs | {"pixel_values_videos": pixels.to(device, dtype)}
+    return replace(before[0], inputs=inputs)

@@ -1,0 +1,1 @@
+"""`permattn report`: what a config does to one prompt, head by head."""
