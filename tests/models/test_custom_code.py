@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from .checks import BOUND, GREEDY, Recorder, assert_same_generation, patched
-from .tiny import TEXT
+from .tiny import TEXT, grids_of
 
 
 class LlavaQwenConfig(Qwen2Config):
@@ -162,10 +162,21 @@ def test_layout_of_wrong_things(spliced):
 )
 def test_rows_of_prompt(newline, want):
     prompt = torch.tensor([10, 11, 12, PLACEHOLDER, 13, PLACEHOLDER])
-    ((first, second),) = rows_of_prompt([prompt], [(2, 3, 4), (1, 3, 4)], newline=newline)
+    (row,) = rows_of_prompt([prompt], [(2, 3, 4), (1, 3, 4)], newline=newline)
+    first, second = grids_of(row)
     assert first == want
     spliced = {"grid": 30, "frame": 26, "one_token": 25, "no_token": 24}[newline]
     assert second.start == 3 + spliced + 1
+    newlines = [(run.start, run.length) for run in row if run not in (first, second)]
+    assert (
+        newlines
+        == {
+            "grid": [],
+            "frame": [(15, 1), (28, 1), (42, 1)],
+            "one_token": [(27, 1), (41, 1)],
+            "no_token": [],
+        }[newline]
+    )
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,8 @@ def permattn_attention(
     if compiling and needs_grad and attention_mask is not None and attention_mask.ndim != 2:
         # Known to be dense: SDPA may as well be traced.
         reason = reason or FOUR_D_MASK
+    if layer is not None and layer.forced is not None:
+        reason = reason or layer.forced
     if layer is not None and layer.always_dense and (compiling or layer.watch.observer is None):
         # An observer is to see these calls too; the others need not go further.
         reason = reason or DENSE_LAYER
@@ -239,9 +241,12 @@ def dense_attention(
 ) -> Tensor:
     """transformers' own SDPA function; compact masks are spelled out first: [B, Sq, Hq, Dv]."""
     sq = q.shape[2]
+    offset = 0
+    if layout is not None and sq != layout.q_len:
+        # The model dropped tokens on its way: the cache of this layer tells the offset.
+        layout, offset = None, k.shape[2] - sq
     if mask is not None and mask.ndim == 2 and layout is not None and not layout.is_padded:
         mask = None
-    offset = 0
     if mask is not None and mask.ndim == 2:
         offset = mask.shape[1] - sq
     elif mask is None and layout is not None:

@@ -4,6 +4,7 @@
     H1' its forward hook                   forgets that
     W1  get_{image,video}_features         grid sizes: generate() encodes vision before any forward
     W2  prepare_inputs_for_generation      static caches build their masks there
+    W3  the family's splicing method       models with code of their own: rows of the embeddings
     H2  pre-hook of the text decoder       builds the layout and publishes it
     H2' its forward hook                   withdraws it, on exceptions too
 
@@ -40,6 +41,7 @@ from permattn.models.frames import (
 )
 from permattn.models.layer import CallCounts, NotCopyable
 from permattn.models.layout import Family, TokenLayout, padding_of_mask
+from permattn.models.splice import Splice
 
 _GRID_KEYWORDS = {IMAGE: "image_grid_thw", VIDEO: "video_grid_thw"}
 # Patches per token along height and width, image by image, where the model is told them.
@@ -75,6 +77,7 @@ class LayoutCapture(NotCopyable):
     Args:
         model: the model with `prepare_inputs_for_generation`.
         base, text: the multimodal model below it and its text decoder (may be the same module).
+        outer: the module whose method splices visual tokens in, where the family has one.
         owner: key of this model's entries in `context`.
         on_layout: called with every layout.
     """
@@ -86,6 +89,7 @@ class LayoutCapture(NotCopyable):
         text: nn.Module,
         family: Family,
         *,
+        outer: nn.Module,
         owner: object,
         counts: CallCounts,
         on_layout: Callable[[TokenLayout], None],
@@ -107,6 +111,9 @@ class LayoutCapture(NotCopyable):
         for kind, name in ((IMAGE, "get_image_features"), (VIDEO, "get_video_features")):
             self._wrap(base, name, functools.partial(self._around_vision_call, kind))
         self._wrap(model, "prepare_inputs_for_generation", self._around_preparation)
+        if family.splice is not None:
+            around = functools.partial(self._around_splice, family.splice, outer)
+            self._wrap(outer, family.splice.method, around)
         parameters = inspect.signature(text.forward).parameters.values()
         self._takes_keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
 
@@ -120,6 +127,7 @@ class LayoutCapture(NotCopyable):
                 module.__dict__[name] = before
         self._hooks, self._wrapped = [], []
         context.take_pending(self._owner)
+        context.take_spliced(self._owner)
         context.set_explicit(self._owner, None)
 
     def _wrap(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
@@ -148,6 +156,23 @@ class LayoutCapture(NotCopyable):
                     [context.PendingGrid(self._owner, kind, size) for size in sizes]
                 )
             return original(*args, **kwargs)
+
+    def _around_splice(
+        self,
+        splice: Splice,
+        outer: nn.Module,
+        original: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        result = original(*args, **kwargs)
+        # Whatever an earlier call told is not about the next pass any more.
+        context.take_spliced(self._owner)
+        arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+        told = splice.rows(outer, arguments, result)
+        if told is not None:
+            context.set_spliced(context.SplicedRows(self._owner, *told))
+        return result
 
     @staticmethod
     def _around_preparation(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -238,7 +263,11 @@ class LayoutCapture(NotCopyable):
         if cache is not None:
             self._seen[cache] = seen
         pending = context.take_pending(self._owner)
-        stated = context.explicit(self._owner)
+        stated, spliced = context.explicit(self._owner), context.take_spliced(self._owner)
+        if stated is None and spliced is not None and inputs.get("inputs_embeds") is not None:
+            # A chunk may be shorter; a later turn counts its positions from elsewhere.
+            is_start = q_offset == 0 and q_len <= spliced.length
+            stated = spliced.rows if is_start else None
         seen.rows = stated if stated is not None else seen.rows
         if seen.rows is not None:
             return _repeat(seen.rows, batch, q_offset + q_len), False

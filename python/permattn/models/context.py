@@ -31,6 +31,19 @@ class PendingGrid:
     size: Size
 
 
+@dataclass(frozen=True)
+class SplicedRows:
+    """What a splicing method told of the sequence that `owner` will see next.
+
+    Args:
+        length: of that sequence.
+    """
+
+    owner: object
+    rows: Rows
+    length: int
+
+
 MAX_PENDING = 4096
 
 _FRAMES: ContextVar[tuple[_Frame, ...]] = ContextVar("permattn_frames", default=())
@@ -39,6 +52,8 @@ _OBSERVED: ContextVar[Mapping[str, Any] | None] = ContextVar("permattn_observed"
 _IN_VISION_CALL: ContextVar[bool] = ContextVar("permattn_in_vision_call", default=False)
 _PENDING: ContextVar[tuple[PendingGrid, ...]] = ContextVar("permattn_pending", default=())
 _EXPLICIT: ContextVar[tuple[tuple[object, Rows], ...]] = ContextVar("permattn_explicit", default=())
+
+_SPLICED: ContextVar[tuple[SplicedRows, ...]] = ContextVar("permattn_spliced", default=())
 
 
 def push_layout(owner: object, layout: TokenLayout | None) -> None:
@@ -114,6 +129,23 @@ def take_pending(owner: object) -> list[PendingGrid]:
         return []
     _PENDING.set(tuple(grid for grid in pending if grid.owner is not owner))
     return [grid for grid in pending if grid.owner is owner]
+
+
+def set_spliced(spliced: SplicedRows) -> None:
+    """Keeps what a splicing method told, in place of what it told before."""
+    _SPLICED.set((*_without(spliced.owner), spliced))
+
+
+def take_spliced(owner: object) -> SplicedRows | None:
+    """Hands over and forgets what was kept for `owner`."""
+    found = next((spliced for spliced in _SPLICED.get() if spliced.owner is owner), None)
+    if found is not None:
+        _SPLICED.set(_without(owner))
+    return found
+
+
+def _without(owner: object) -> tuple[SplicedRows, ...]:
+    return tuple(spliced for spliced in _SPLICED.get() if spliced.owner is not owner)
 
 
 def set_explicit(owner: object, rows: Rows | None) -> None:

@@ -21,7 +21,7 @@ from permattn.models.capture import LayoutCapture
 from permattn.models.config import PrefillConfig
 from permattn.models.families import family_of
 from permattn.models.layer import CallCounts, NotCopyable, Observer, Planner, Watch
-from permattn.models.layout import TokenLayout
+from permattn.models.layout import Family, TokenLayout
 from permattn.patterns.mminference import plan_prefill
 
 _HANDLE = "_permattn_handle"
@@ -84,6 +84,8 @@ class Handle(NotCopyable):
     def __init__(
         self, model: PreTrainedModel, config: PrefillConfig, *, backend: str, planner: Planner
     ) -> None:
+        family = family_of(model.config)
+        outer, model = model, _language_model(model, family)
         text = _text_decoder(model)
         layers = _attention_layers(text)
         sizes = text.config
@@ -91,7 +93,7 @@ class Handle(NotCopyable):
         if num_heads is None:
             raise ValueError(f"model: {type(sizes).__name__} has no num_attention_heads")
         config.check_model(
-            model_type=model.config.model_type,
+            model_type=outer.config.model_type,
             num_layers=sizes.num_hidden_layers,
             num_heads=num_heads,
             num_kv_heads=getattr(sizes, "num_key_value_heads", None) or num_heads,
@@ -105,6 +107,7 @@ class Handle(NotCopyable):
         self.config = config
         self.last_layout: TokenLayout | None = None
         self.on_plan: Callable[[int, AttnPlan], None] | None = None
+        self._outer = outer
         self._model: PreTrainedModel | None = model
         # A key of its own: state left in another thread's context must not keep the model alive.
         self._owner = object()
@@ -116,7 +119,8 @@ class Handle(NotCopyable):
             model,
             model.base_model,
             text,
-            family_of(model.config),
+            family,
+            outer=outer,
             owner=self._owner,
             counts=self._counts,
             on_layout=self._see_layout,
@@ -134,6 +138,7 @@ class Handle(NotCopyable):
                 counts=self._counts,
                 report_plan=self._see_plan,
                 watch=self._watch,
+                forced=_why_not_whole(family, layer.layer_idx),
             )
         try:
             _switch_on(model, text)
@@ -215,7 +220,7 @@ class Handle(NotCopyable):
             return
         self._remove_hooks()
         _switch_off(self._model, _text_decoder(self._model))
-        self._model.__dict__.pop(_HANDLE, None)
+        self._outer.__dict__.pop(_HANDLE, None)
         self._model = None
 
     remove = unpatch
@@ -290,6 +295,25 @@ def _unwrapped(model: Any) -> Any:
             model = model._orig_mod
         else:
             return model
+
+
+def _language_model(model: PreTrainedModel, family: Family) -> PreTrainedModel:
+    """The model that holds the decoder: a part of models with code of their own."""
+    if family.decoder is None:
+        return model
+    inner = getattr(model, family.decoder, None)
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(
+            f"model: {type(model).__name__} wants a transformers model in .{family.decoder}, got "
+            f"{type(inner).__name__}"
+        )
+    return inner
+
+
+def _why_not_whole(family: Family, layer: int) -> str | None:
+    if family.whole_layers is None or layer < family.whole_layers:
+        return None
+    return f"tokens are dropped from layer {family.whole_layers} on"
 
 
 def _text_decoder(model: PreTrainedModel) -> Any:

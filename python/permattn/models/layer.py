@@ -73,6 +73,7 @@ class LayerState(NotCopyable):
         owner: key of the handle's entries in `context`.
         heads: one pattern per query head, globally numbered.
         heads_per_pass: query heads planned and attended at a time; None = all.
+        forced: why this layer is dense whatever the config says; None = it is not.
         key: a 0-dim CPU tensor: compiled graphs take it as an input, where a plain integer would
             become a guard and compile every layer anew.
         report_plan: called with (layer, plan) after planning.
@@ -90,6 +91,7 @@ class LayerState(NotCopyable):
     report_plan: Callable[[int, AttnPlan], None]
     watch: Watch = field(default_factory=Watch)
     heads_per_pass: int | None = None
+    forced: str | None = None
 
     @property
     def always_dense(self) -> bool:

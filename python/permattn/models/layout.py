@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from permattn.models.frames import AUDIO, IMAGE, TEXT, VIDEO, FrameRule, Rows
+from permattn.models.splice import Splice
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +50,18 @@ class Family:
     Args:
         image_token, video_token, audio_token: placeholder ids in `input_ids`.
         frames: how the placeholders form grids; None = unknown: no token is in a grid.
+        splice: the method of a model with code of its own that replaces placeholders.
+        decoder: attribute of such a model that holds its language model; None = it is one itself.
+        whole_layers: layers before the first one that drops tokens; None = none does.
     """
 
     image_token: int | None = None
     video_token: int | None = None
     audio_token: int | None = None
     frames: FrameRule | None = None
+    splice: Splice | None = None
+    decoder: str | None = None
+    whole_layers: int | None = None
 
     def labels_of_ids(self, input_ids: Tensor) -> Tensor:
         """int64 [B, S] on the CPU: TEXT, IMAGE, VIDEO or AUDIO."""

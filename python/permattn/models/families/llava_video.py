@@ -1,21 +1,23 @@
 """LLaVA-Video and other LLaVA-NeXT code: `LlavaQwen` models splice video tokens in by themselves.
 
-Their prompt holds one placeholder per video and reaches the decoder as embeddings, so nothing tells
-where the frames are. `rows_of_prompt` computes it, for `handle.layout(rows)`.
+Their prompt holds one placeholder per video and reaches the decoder as embeddings. The method that
+replaces placeholders is wrapped, and square frames are found from what it returns. Where that
+cannot be, `rows_of_prompt` computes rows for `handle.layout(rows)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
 
-from permattn.core import TokenGrid
-from permattn.models.frames import Rows, Size, grid_of_frames
+from permattn.core import Segment
+from permattn.models.frames import Rows, Size
 from permattn.models.layout import Family
+from permattn.models.splice import NEWLINES, Frames, LlavaSplice, newlines_of
 
-MODEL_TYPES = ("llava_qwen",)
+MODEL_TYPES = ("llava_qwen", "llava_mistral")
 
 # The id that LLaVA's tokenizer helper writes for a video; it is no token of the vocabulary.
 PLACEHOLDER = -200
@@ -23,7 +25,7 @@ PLACEHOLDER = -200
 
 def family(config: Any) -> Family:
     """What a config of these model types says about its tokens."""
-    return Family()
+    return Family(splice=LlavaSplice(newlines_of(config), placeholder=PLACEHOLDER))
 
 
 def rows_of_prompt(
@@ -50,6 +52,9 @@ def rows_of_prompt(
     Raises:
         ValueError: more or fewer videos than placeholders.
     """
+    if newline not in NEWLINES:
+        raise ValueError(f"newline: wants one of {list(NEWLINES)}, got {newline!r}")
+    frames = NEWLINES[newline]
     sizes = iter(videos)
     rows: list[list[tuple[int, Size]]] = []
     lengths = []
@@ -63,31 +68,16 @@ def rows_of_prompt(
             if size is None:
                 raise ValueError("videos: fewer sizes than placeholders in the prompts")
             row.append((position, size))
-            position += _spliced_length(size, newline)
+            position += frames.length(*size)
         rows.append(row)
         lengths.append(position)
     if next(sizes, None) is not None:
         raise ValueError("videos: more sizes than placeholders in the prompts")
     longest = max(lengths, default=0)
     pads = [longest - n if padding_side == "left" else 0 for n in lengths]
-    return tuple(
-        tuple(_grid(pad + position, size, newline) for position, size in row)
-        for row, pad in zip(rows, pads, strict=True)
-    )
+    return tuple(tuple(_segments(pad, row, frames)) for row, pad in zip(rows, pads, strict=True))
 
 
-def _spliced_length(size: Size, newline: str) -> int:
-    frames, height, width = size
-    extra = {"grid": frames * height, "frame": frames, "one_token": 1, "no_token": 0}
-    if newline not in extra:
-        raise ValueError(f"newline: wants one of {list(extra)}, got {newline!r}")
-    return frames * height * width + extra[newline]
-
-
-def _grid(start: int, size: Size, newline: str) -> TokenGrid:
-    frames, height, width = size
-    if newline == "grid":
-        # The newline is a column like any other: lines of the grid keep their phase.
-        return TokenGrid(start, frames, height, width + 1)
-    step = height * width + (newline == "frame")
-    return grid_of_frames([start + i * step for i in range(frames)], height, width)
+def _segments(pad: int, row: Sequence[tuple[int, Size]], frames: Frames) -> Iterator[Segment]:
+    for position, size in row:
+        yield from frames.segments(pad + position, *size)
