@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from permattn.core.plan import AttnPlan
-from permattn.core.probe import Masses, ProbeArgs, ProbeProblem
+from permattn.core.probe import Masses, ProbeArgs, ProbeProblem, empty_masses
 from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NAME = "triton"
 MAX_HEAD_DIM = 256
+MAX_PROBE_ROWS = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Both are settled once, here: a look-up inside why_not would break fullgraph compilation. Triton
 # itself reads the variable when it is imported; under it, kernels run on CPU tensors, for tests.
@@ -29,18 +30,29 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def why_not(problem: Problem) -> str | None:
-    if not _INSTALLED:
-        return "triton is not installed (pip install 'permattn[triton]')"
-    if problem.device_type != "cuda" and not (_INTERPRETED and problem.device_type == "cpu"):
-        return f"needs a CUDA device, got {problem.device_type}"
-    if problem.dtype not in DTYPES:
-        return f"computes in bfloat16, float16 or float32, got {problem.dtype}"
+    why = _why_no_kernels(problem.device_type, problem.dtype)
+    if why is not None:
+        return why
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         dims = f"D = {problem.head_dim}, Dv = {problem.head_dim_v}"
         return f"head dims go up to {MAX_HEAD_DIM}, got {dims}"
     if problem.quant.is_quantised:
         return "does not quantise"
-    if problem.device_type == "cuda":
+    return _why_not_this_device(problem.device_type)
+
+
+def _why_no_kernels(device_type: str, dtype: torch.dtype) -> str | None:
+    if not _INSTALLED:
+        return "triton is not installed (pip install 'permattn[triton]')"
+    if device_type != "cuda" and not (_INTERPRETED and device_type == "cpu"):
+        return f"needs a CUDA device, got {device_type}"
+    if dtype not in DTYPES:
+        return f"computes in bfloat16, float16 or float32, got {dtype}"
+    return None
+
+
+def _why_not_this_device(device_type: str) -> str | None:
+    if device_type == "cuda":
         major, minor = torch.cuda.get_device_capability()
         if major < 8:
             return f"needs compute capability 8.0 or newer, got {major}.{minor}"
@@ -48,11 +60,35 @@ def why_not(problem: Problem) -> str | None:
 
 
 def why_not_probe(problem: ProbeProblem) -> str | None:
-    return f"has no probe for {problem.device_type}"
+    why = _why_no_kernels(problem.device_type, problem.dtype)
+    if why is not None:
+        return why
+    if problem.head_dim > MAX_HEAD_DIM:
+        return f"head dims go up to {MAX_HEAD_DIM}, got D = {problem.head_dim}"
+    if problem.num_rows > MAX_PROBE_ROWS:
+        return f"probes with at most {MAX_PROBE_ROWS} rows, got {problem.num_rows}"
+    return _why_not_this_device(problem.device_type)
 
 
 def probe(args: ProbeArgs) -> Masses:
-    raise NotImplementedError("no probe")
+    lse, column, square, diagonal = empty_masses(args.q, args.num_coordinates)
+    with _on_device_of(args.q):
+        if args.lse is not None:
+            lse.copy_(args.lse)
+        probe_kernels(args, lse, (column, square, diagonal.zero_()))
+    return lse, column, square, diagonal
+
+
+def probe_kernels(args: ProbeArgs, lse: Tensor, masses: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Launches a probe into lse [B, Hq, R] (which holds what was given) and masses [B, Hq, n]."""
+    from permattn.triton_kernels.probe import launch_probe
+
+    order, skip = (None if x is None else x.contiguous() for x in (args.order, args.skip))
+    launch_probe(
+        *(args.q if args.q.stride(-1) == 1 else args.q.contiguous(), args.k),
+        *(args.first_position.contiguous(), args.first_coordinate.contiguous()),
+        *(args.key_range.contiguous(), order, skip, lse, masses, args.lse is not None),
+    )
 
 
 def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:
