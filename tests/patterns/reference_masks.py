@@ -22,7 +22,7 @@ def lines_of(q, k, rows, heads, left=None, right=None):
     prompt = describe_prompt(
         segments, q.shape[2], k.shape[2], left or zero, right or zero, q.device
     )
-    prober = Prober(q, k, prompt)
+    prober = Prober(q, k, prompt, heads)
     return prompt, [(s, choose_lines(prober, s)) for s in describe_streams(prompt, tuple(heads))]
 
 

@@ -109,18 +109,19 @@ class BlockIndex:
         length = (stops - starts).clamp_min(0)
         per_row = length.sum(-1)
         row_offsets = torch.nn.functional.pad(per_row.cumsum(-1), (1, 0))
-        # Where every range of every row begins, in one flat ascending list per head.
-        flat = length.flatten(-2)
-        begin = flat.cumsum(-1) - flat
-        entry = torch.arange(capacity, device=starts.device, dtype=begin.dtype)
-        entry = entry.expand(*begin.shape[:-1], capacity).contiguous()
-        which = torch.searchsorted(begin.contiguous(), entry, right=True) - 1
-        start = starts.flatten(-2).gather(-1, which)
-        kv = start + entry - begin.gather(-1, which)
-        kv = torch.where(entry < row_offsets[..., -1:], kv, 0)
+        # Blocks count up by one inside a range and jump where the next one begins: a running sum
+        # of jumps, and nothing to look up per entry. An empty range adds its jump to the next.
+        start, flat = starts.flatten(-2), length.flatten(-2)
+        begin = (flat.cumsum(-1) - flat).clamp_max(capacity)
+        jump = start - torch.nn.functional.pad((start + flat)[..., :-1], (1, 0))
+        kv = torch.zeros(*begin.shape[:-1], capacity + 1, dtype=torch.int32, device=start.device)
+        kv.scatter_add_(-1, begin, jump.to(torch.int32))
+        kv = kv.cumsum(-1, dtype=torch.int32)[..., :capacity]
+        entry = torch.arange(capacity, device=start.device, dtype=torch.int32)
+        kv = torch.where(entry < row_offsets[..., -1:], kv + entry, 0)
         num_full = length[..., :num_full_ranges].sum(-1)
         return cls(
-            kv.to(torch.int32),
+            kv,
             row_offsets.to(torch.int32),
             num_full.to(torch.int32),
             block_q,

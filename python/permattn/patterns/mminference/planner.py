@@ -68,7 +68,7 @@ def plan_prefill(
     )
     parts: list[AttnPart] = []
     with torch.no_grad():
-        prober = Prober(q.detach(), k.detach(), prompt)
+        prober = Prober(q.detach(), k.detach(), prompt, heads)
         for stream in describe_streams(prompt, tuple(heads)):
             lines = choose_lines(prober, stream)
             parts += stream_parts(prompt, stream, lines, prober.q, prober.k)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from permattn.patterns.mminference.config import HeadPattern
 from permattn.patterns.mminference.prompt import Prompt, VideoGrid
 from permattn.patterns.mminference.streams import Axis
 from permattn.probe import ProbeMass, probe_mass
@@ -43,16 +45,28 @@ class Prober:
     text do not show how visual rows attend.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, prompt: Prompt) -> None:
+    def __init__(self, q: Tensor, k: Tensor, prompt: Prompt, heads: Sequence[HeadPattern]) -> None:
         self.q, self.k, self.prompt = q, k, prompt
         self._main: dict[str | None, tuple[ProbeRows, ProbeMass]] = {}
+        # With one video without gaps in every batch row, distances inside the video are lags of
+        # keys inside it: the main sweep counts those alone, and no other sweep is needed.
+        lined = any(
+            h.seeks_grid and h.s for head in heads for h in (head, *dict(head.when).values())
+        )
+        self._inside = lined and all(len(row) == 1 and row[0].is_contiguous for row in prompt.grids)
 
     def main(self, query: str | None) -> tuple[ProbeRows, ProbeMass]:
         """The rows of one kind of query, and their mass on every position and at every lag."""
         if query not in self._main:
             runs = [self.prompt.last_run(i, query) for i in range(self.prompt.batch)]
             rows = self._rows(runs)
-            self._main[query] = rows, self._mass(rows)
+            skip = None
+            if self._inside:
+                spans = [(row[0].first, row[0].stop) for row in self.prompt.grids]
+                span = torch.tensor(spans).to(self.q.device, non_blocking=True)[..., None, None]
+                key = torch.arange(self.prompt.num_kv, device=self.q.device)
+                skip = ((key < span[:, 0]) | (key >= span[:, 1])).expand(*self.q.shape[:2], -1)
+            self._main[query] = rows, self._mass(rows, skip=skip)
         return self._main[query]
 
     def diagonals(self, query: str | None, axis: Axis, skip: Tensor | None) -> Tensor:
@@ -63,7 +77,9 @@ class Prober:
         """
         rows, main = self.main(query)
         if axis.order is None:
-            return main.diagonal if skip is None else self._mass(rows, main.lse, skip=skip).diagonal
+            if skip is None and not self._inside:
+                return main.diagonal
+            return self._mass(rows, main.lse, skip=skip).diagonal
         batch = self.prompt.batch
         at = axis.coordinate(torch.tensor(rows.first)[:, None].clamp_min(0))[:, 0]
         if skip is not None:
@@ -99,7 +115,10 @@ class Prober:
             return on_video, None, rows.first[row]
         lse = None
         if last == video.stop and rows.count <= count:
-            # The usual case: one video, and the rows are its last ones.
+            # The usual case: the rows are the video's last ones.
+            if self._inside:
+                column = main.column[row, :, video.first : video.stop]
+                return column, main.diagonal[row, :, : video.num_tokens], rows.first[row]
             lse = main.lse[row : row + 1]
             rows = replace(
                 rows,

@@ -42,6 +42,11 @@ class VideoGrid:
     def num_tokens(self) -> int:
         return self.token_of_rank.shape[0]
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether no other token lies between its own."""
+        return self.stop - self.first == self.num_tokens
+
     def strides(self, names: Sequence[str | int]) -> tuple[int, ...]:
         """Candidate strides in tokens; those that do not repeat inside the video are left out."""
         table = {"frame": self.frame, "row": self.row}
