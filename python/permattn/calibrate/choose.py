@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from permattn.calibrate.space import Space
 from permattn.calibrate.trials import (
     Record,
     main_modality,
@@ -20,6 +21,8 @@ from permattn.patterns.mminference import HeadPattern
 
 # Errors this close are equal: the cheaper kernel wins.
 NEAR = 0.05
+# A pattern for all heads must be within the budget for that share of them.
+MOST_HEADS = 0.75
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,55 @@ def measured(choice: Choice, records: Sequence[Record], head: int) -> Choice:
     """The choice with the numbers of the run in which all choices stood together ("final")."""
     found = _choice(records, "final", head, {})
     return replace(choice, error=found.error, recall=found.recall, density=found.density)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One pattern for every head: what layers and models that were not searched should run.
+
+    Args:
+        name: the candidate of least mean error.
+        pattern: at the median of its sizes.
+        errors: mean error over all heads, per candidate.
+    """
+
+    name: str
+    pattern: HeadPattern
+    errors: dict[str, float]
+
+
+def choose_shared(layers: Sequence[Sequence[Record]], space: Space) -> Shared:
+    """The candidate of least mean output error over all heads, were they all to run it.
+
+    Not the one that wins most heads: a pattern that suits many heads may ruin the others.
+
+    Args:
+        layers: records per layer, one per sample each.
+    """
+    errors: dict[str, float] = {}
+    affordable: dict[str, float] = {}
+    patterns: dict[str, list[HeadPattern]] = {}
+    for candidate in space.candidates:
+        name = f"none/{candidate.name}"
+        found, within = [], []
+        for records in layers:
+            first = records[0]
+            most = first["budget"] * (1 + first["tolerance"])
+            pairs = trial_of(first, name)["pairs"]
+            within += [n <= most for n in pairs]
+            found += [error_of(records, name, h) for h in range(len(pairs))]
+            patterns.setdefault(candidate.name, []).extend(patterns_of(first, name))
+        errors[candidate.name] = statistics.fmean(found)
+        affordable[candidate.name] = statistics.fmean(within)
+    # Where not even one candidate fits, the one that fits most heads.
+    most_fit = min(max(affordable.values()), MOST_HEADS)
+    name = min((n for n in errors if affordable[n] >= most_fit), key=lambda n: errors[n])
+    scaled = next(c.scaled for c in space.candidates if c.name == name)
+    sizes = {
+        field: statistics.median_low(getattr(p, field) for p in patterns[name])
+        for field in {*scaled, "local"}
+    }
+    return Shared(name, replace(patterns[name][0], **sizes), errors)
 
 
 def mean_times(records: Sequence[Record]) -> dict[str, float]:

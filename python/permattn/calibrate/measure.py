@@ -56,9 +56,7 @@ def measure_prefill(
         on_layer(number)
 
     run_pass(model, sample, wanted, measure, what="sample", backend=backend)
-    return SearchResult.of(
-        found, facts={**facts, "samples": lengths, "backend": backend}, max_error=None
-    )
+    return SearchResult.of(found, {**facts, "samples": lengths, "backend": backend})
 
 
 def capture_layers(

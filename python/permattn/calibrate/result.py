@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from permattn.calibrate.choose import Choice
+from permattn.calibrate.choose import Choice, Shared
 from permattn.calibrate.space import pattern_to_json
 from permattn.patterns.mminference import HeadPattern
 
@@ -21,40 +20,38 @@ class SearchResult:
 
     Args:
         layers: per searched layer one choice per query head.
+        shared: the best pattern for all heads alike; None where nothing was searched.
         facts: the model, the prompts and the budget, as JSON values.
     """
 
     layers: dict[int, tuple[Choice, ...]]
     facts: dict[str, Any]
+    shared: Shared | None = None
 
     @classmethod
     def of(
         cls,
         layers: Mapping[int, Sequence[Choice]],
         facts: dict[str, Any],
-        max_error: float | None,
+        *,
+        shared: Shared | None = None,
+        max_error: float | None = None,
     ) -> SearchResult:
         """The result; heads that err by more than `max_error` stay dense."""
         kept = {
             n: tuple(_dense_if_bad(choice, max_error) for choice in row)
             for n, row in sorted(layers.items())
         }
-        return cls(kept, facts)
-
-    def most_common(self) -> HeadPattern:
-        """The pattern of the candidate that won most heads, at the size most of them have."""
-        choices = [c for row in self.layers.values() for c in row]
-        name = Counter(c.name for c in choices).most_common(1)[0][0]
-        return Counter(c.pattern for c in choices if c.name == name).most_common(1)[0][0]
+        return cls(kept, facts, shared)
 
     def config(self, *, base_model: str | None = None) -> PrefillConfig:
-        """The prefill config of this model: every searched head by name, the rest by majority."""
+        """The prefill config of this model: every searched head by name, the rest alike."""
         from permattn.models.config import LayerConfig, PrefillConfig
 
         return PrefillConfig(
             base_model=base_model,
             **{n: self.facts[n] for n in ("model_type", "num_layers", "num_heads", "num_kv_heads")},
-            default=self.most_common(),
+            default=HeadPattern() if self.shared is None else self.shared.pattern,
             layers={
                 n: LayerConfig(heads=tuple(c.pattern for c in row))
                 for n, row in self.layers.items()
@@ -62,13 +59,19 @@ class SearchResult:
         )
 
     def family_default(self, *, base_model: str) -> PrefillConfig:
-        """A config without sizes, for every model of the type: the majority's pattern alone."""
+        """A config without sizes, for every model of the type: one pattern for all heads.
+
+        Raises:
+            ValueError: nothing was searched.
+        """
+        if self.shared is None:
+            raise ValueError("result: nothing was searched")
         from permattn.models.config import PrefillConfig
 
         return PrefillConfig(
             base_model=base_model,
             model_type=self.facts["model_type"],
-            default=self.most_common(),
+            default=self.shared.pattern,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +87,14 @@ class SearchResult:
             for n, row in self.layers.items()
             for h, c in enumerate(row)
         ]
-        return {**self.facts, "heads": heads}
+        shared = None
+        if self.shared is not None:
+            shared = {
+                "candidate": self.shared.name,
+                "pattern": pattern_to_json(self.shared.pattern),
+                "mean_errors": self.shared.errors,
+            }
+        return {**self.facts, "shared": shared, "heads": heads}
 
 
 def _dense_if_bad(choice: Choice, max_error: float | None) -> Choice:

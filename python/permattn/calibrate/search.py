@@ -15,6 +15,7 @@ from permattn.calibrate.choose import (
     alone,
     choose_boundary,
     choose_own,
+    choose_shared,
     choose_whole,
     mean_times,
     measured,
@@ -171,7 +172,8 @@ class _Search:
             "permattn": __version__,
             "ms_per_head": times,
         }
-        return SearchResult.of(choices, facts=facts, max_error=self._options.max_error)
+        shared = choose_shared(list(heads.values()), self._options.space)
+        return SearchResult.of(choices, facts, shared=shared, max_error=self._options.max_error)
 
     def _stage(self, stage: str, try_layer: _TryLayer) -> dict[int, list[Record]]:
         """Records per layer, one per sample."""

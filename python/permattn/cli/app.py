@@ -77,15 +77,31 @@ def info(
         float, typer.Option(min=0.0, max=1.0, help="Share of causal pairs that are computed.")
     ] = 0.1,
     backward: Annotated[bool, typer.Option("--backward", help="With gradients.")] = False,
+    pattern: Annotated[
+        str, typer.Option(help="What every head runs: auto, grid, vertical_slash, ...")
+    ] = "auto",
+    frame: Annotated[str, typer.Option(help="Height x width of a frame in tokens.")] = "16x16",
+    heads_per_pass: Annotated[
+        int | None, typer.Option(min=1, help="Query heads planned and attended at a time.")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers whose keys and values are held.")] = 1,
+    weights_gb: Annotated[float, typer.Option(min=0.0, help="Weights beside them, in GB.")] = 0.0,
+    memory_gb: Annotated[
+        float | None, typer.Option(min=0.0, help="Memory of the device, in GB: does it fit?")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show versions, devices and backends, and what stands in a backend's way.
 
-    With --explain: which backend and kernel a problem would run on, and what it would cost.
+    With --explain: which backend and kernel a problem would run on, its work, and every byte of
+    memory, counted without allocating it.
     """
     from permattn.cli import info as command
 
-    problem = command.Question(heads, kv_heads, tokens, head_dim, dtype, device, density, backward)
+    memory = command.MemoryQuestion(pattern, frame, heads_per_pass, layers, weights_gb, memory_gb)
+    problem = command.Question(
+        heads, kv_heads, tokens, head_dim, dtype, device, density, backward, memory
+    )
     command.show(problem, explain=explain, as_json=json)
 
 
@@ -187,7 +203,7 @@ def mminference(
     ] = None,
     default_out: Annotated[
         Path | None,
-        typer.Option(help="Also a config of the most common pattern alone, for any size."),
+        typer.Option(help="Also a config of one pattern for all heads, for any size."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.json and report.png.")] = Path(
         "calibrate-out"

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ from rich.table import Table
 
 from permattn import __version__
 from permattn.backends import AUTO_ORDER, reasons
+from permattn.calibrate.memory import LayerShape
 from permattn.cli.errors import UserError
+from permattn.cli.memory import (
+    MemoryQuestion,
+    memory_report,
+    parse_frame,
+    parse_pattern,
+    print_memory,
+)
 from permattn.cli.options import parse_device, parse_dtype
 from permattn.core import Problem
 
@@ -37,6 +45,7 @@ class Question:
     device: str
     density: float
     backward: bool
+    memory: MemoryQuestion = field(default_factory=MemoryQuestion)
 
     def problem(self) -> Problem:
         if self.heads % self.kv_heads:
@@ -127,16 +136,11 @@ def describe_cuda() -> list[dict[str, Any]]:
 
 
 def explanation(question: Question, problem: Problem) -> dict[str, Any]:
-    """The backend that auto picks, every other's reason, and a cost estimate of one layer."""
+    """The backend that auto picks, every other's reason, and work and memory of one layer."""
     why = _why_not(problem)
     chosen = next((name for name in AUTO_ORDER if why[name] is None), None)
     pairs = question.tokens * (question.tokens + 1) // 2
     per_pair = 4 * question.head_dim * question.heads * (3.5 if question.backward else 1)
-    size = problem.dtype.itemsize
-    q_bytes = question.tokens * question.heads * question.head_dim * size
-    kv_bytes = 2 * question.tokens * question.kv_heads * question.head_dim * size
-    blocks = -(-question.tokens // BLOCK)
-    index_bytes = int(4 * question.heads * blocks * (blocks + 1) / 2 * question.density)
     return {
         "backend": chosen,
         "kernel": _kernel_name(chosen, problem),
@@ -144,11 +148,24 @@ def explanation(question: Question, problem: Problem) -> dict[str, Any]:
         "dense_flops": int(pairs * per_pair),
         "sparse_flops": int(pairs * per_pair * question.density),
         "density": question.density,
-        "q_and_out_bytes": 2 * q_bytes,
-        "k_and_v_bytes": kv_bytes,
-        "plan_bytes": index_bytes,
-        "score_matrix_bytes_never_made": question.heads * question.tokens**2 * size,
+        "score_matrix_bytes_never_made": question.heads
+        * question.tokens**2
+        * problem.dtype.itemsize,
+        "memory": memory_report(_shape(question, problem), question.memory),
     }
+
+
+def _shape(question: Question, problem: Problem) -> LayerShape:
+    return LayerShape(
+        question.tokens,
+        question.heads,
+        question.kv_heads,
+        question.head_dim,
+        problem.dtype,
+        parse_pattern(question.memory.pattern),
+        parse_frame(question.memory.frame),
+        problem.device_type,
+    )
 
 
 def _why_not(problem: Problem) -> dict[str, str | None]:
@@ -236,11 +253,7 @@ def _print_explanation(console: Console, facts: dict[str, Any]) -> None:
         f"sparse, {100 * facts['density']:.1f} % of the pairs",
         f"{facts['sparse_flops'] / 1e12:.2f} TFLOP",
     )
-    for name, key in (
-        ("q and out", "q_and_out_bytes"),
-        ("k and v", "k_and_v_bytes"),
-        ("plan, about", "plan_bytes"),
-        ("scores, never made", "score_matrix_bytes_never_made"),
-    ):
-        table.add_row(name, f"{facts[key] / 2**20:,.1f} MiB")
+    never = facts["score_matrix_bytes_never_made"]
+    table.add_row("scores, never made", f"{never / 2**30:,.1f} GiB")
     console.print(table)
+    print_memory(console, facts["memory"])

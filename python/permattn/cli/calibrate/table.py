@@ -37,12 +37,18 @@ def print_heads(console: Console, result: SearchResult, *, title: str) -> None:
         f"{mean(c.error for c in everything):.2%}",
         highlight=False,
     )
+    if result.shared is not None:
+        console.print(
+            f"Best for all heads alike: {describe(result.shared.pattern)}, mean error "
+            f"{result.shared.errors[result.shared.name]:.2%}",
+            highlight=False,
+        )
     budget = result.facts.get("budget_density")
     over = sum(budget is not None and 1.06 * budget < c.density for c in everything)
     if over:
         console.print(
-            f"[yellow]{over} heads stay over the budget: nothing cheaper was found (kernels compute "
-            "blocks of 64 keys, which is coarse for short prompts)[/]",
+            f"[yellow]{over} heads stay over the budget: nothing cheaper was found (kernels "
+            "compute blocks of 64 keys, which is coarse for short prompts)[/]",
             highlight=False,
         )
     times = result.facts.get("ms_per_head", {})
