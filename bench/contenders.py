@@ -9,10 +9,11 @@ import permattn
 import torch
 from permattn.backends import BACKENDS, resolve
 from permattn.core import AttnPlan, FwdArgs, Problem, Segment, TokenGrid, TokenRun
-from permattn.patterns.mminference import plan_grid_prefill
+from permattn.probe import probe_mass
 from torch import Tensor
 
-from bench import baselines
+from bench import baselines, heads
+from bench.planners import Planner
 from bench.plans import Dense, PlanBuilder, num_pairs
 from bench.registry import Case, Run, Shape
 
@@ -21,13 +22,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """What one run computes: a call, the plan behind it (None = dense torch), and its work."""
+    """What one run computes: a call, the plan behind it (None = dense torch), and its work.
+
+    Args:
+        recall: whether the share of true attention that the plan keeps is to be measured.
+    """
 
     call: Callable[[], object]
     plan: AttnPlan | None
     pairs: float
     flops: float
     judged: bool
+    recall: bool
 
 
 @dataclass
@@ -40,16 +46,27 @@ class Bench:
     q: Tensor = field(init=False)
     k: Tensor = field(init=False)
     v: Tensor = field(init=False)
-    plans: dict[PlanBuilder, AttnPlan] = field(default_factory=dict)
+    segments: tuple[Segment, ...] = field(init=False)
+    plans: dict[PlanBuilder | Planner, AttnPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.q, self.k, self.v = make_inputs(self.case.shape, video=self.case.inputs == "video")
+        case, shape = self.case, self.case.shape
+        if case.inputs == "heads":
+            self.q, self.k, self.v, self.segments = head_inputs(shape)
+        else:
+            self.q, self.k, self.v = make_inputs(shape, video=case.inputs == "video")
+            self.segments = video_segments(shape.num_tokens)
 
     def plan_of(self, builder: PlanBuilder) -> AttnPlan:
         if builder not in self.plans:
             shape = self.case.shape
             self.plans[builder] = builder(shape.num_tokens, shape.num_q_heads)
         return self.plans[builder]
+
+    def planned_by(self, planner: Planner) -> AttnPlan:
+        if planner not in self.plans:
+            self.plans[planner] = planner(self.q, self.k, self.segments)
+        return self.plans[planner]
 
     @property
     def backend_name(self) -> str:
@@ -62,8 +79,10 @@ class Bench:
         if run.kind == "sdpa":
             call: Callable[[], object] = baselines.sdpa(self.q, self.k, self.v, causal=run.causal)
             return self._finished(run, call, None)
-        if run.kind in ("plan", "planned"):
-            return self._planner(run)
+        if run.kind == "probe":
+            return self._finished(run, self._probe(), None)
+        if run.planner is not None:
+            return self._planner(run, run.planner)
         assert run.plan is not None
         plan = self.plan_of(run.plan)
         if run.kind == "flex":
@@ -82,16 +101,25 @@ class Bench:
         args = FwdArgs(self.q, self.k, self.v, plan, self.q.shape[3] ** -0.5)
         return lambda: backend.forward(args)[0]
 
-    def _planner(self, run: Run) -> Contender:
-        segments = video_segments(self.case.shape.num_tokens)
+    def _probe(self) -> Callable[[], object]:
+        """One probe of the last 64 queries, all heads."""
+        rows = self.q[:, :, -64:] * self.q.shape[3] ** -0.5
+        batch, _, num_rows, _ = rows.shape
+        position = torch.full((batch,), self.k.shape[2] - num_rows, dtype=torch.int32)
+        keys = torch.tensor([[0, self.k.shape[2]]] * batch, dtype=torch.int32)
+        return lambda: probe_mass(rows, self.k, first_position=position, key_range=keys)
+
+    def _planner(self, run: Run, planner: Planner) -> Contender:
+        plan = self.planned_by(planner)
 
         def make() -> AttnPlan:
-            return plan_grid_prefill(self.q, self.k, segments)
+            return planner(self.q, self.k, self.segments)
 
         def make_and_attend() -> Tensor:
             return permattn.sparse_attention(self.q, self.k, self.v, make(), backend=self.backend)
 
-        return self._finished(run, make_and_attend if run.kind == "planned" else make, make())
+        calls = {"plan": make, "attend": self._attend(plan), "planned": make_and_attend}
+        return self._finished(run, calls[run.kind], plan)
 
     def _finished(self, run: Run, call: Callable[[], object], plan: AttnPlan | None) -> Contender:
         if run.threads is not None:
@@ -102,8 +130,15 @@ class Bench:
         pairs = heads * (n * (n + 1) / 2 if run.causal else float(n * n))
         if plan is not None:
             pairs = num_pairs(plan, shape.batch, shape.num_q_heads)
-        flops = 0.0 if run.kind == "plan" else 4.0 * pairs * shape.head_dim
-        return Contender(call, plan, pairs, flops, judged=run.kind not in ("sdpa", "plan"))
+        flops = 0.0 if run.kind in ("plan", "probe") else 4.0 * pairs * shape.head_dim
+        return Contender(
+            call,
+            plan,
+            pairs,
+            flops,
+            judged=run.kind not in ("sdpa", "plan", "probe"),
+            recall=run.kind == "planned" and self.case.inputs == "heads",
+        )
 
 
 def make_inputs(
@@ -123,6 +158,14 @@ def make_inputs(
     return draw(shape.num_q_heads, video), draw(kv_heads, video), draw(kv_heads, False)
 
 
+def head_inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]:
+    """q, k, v of heads of known attention, each of another kind, and their prompt."""
+    names = list(heads.HEADS)
+    names = [names[h % len(names)] for h in range(shape.num_q_heads)]
+    prompt = heads.Prompt(shape.num_tokens)
+    return *heads.constructed(names, prompt, dtype=DTYPES[shape.dtype]), prompt.segments
+
+
 def _place_marks(shape: Shape, generator: torch.Generator) -> Tensor:
     """[S, D]: a direction of its own for every place of the frame, 0 for text.
 
@@ -138,9 +181,14 @@ def _place_marks(shape: Shape, generator: torch.Generator) -> Tensor:
 
 
 def video_segments(num_tokens: int) -> tuple[Segment, ...]:
-    """A prompt: 64 tokens of text, a video of 16 x 16 tokens a frame, and text to the end."""
+    """A prompt: 64 tokens of text, a video of 16 x 16 tokens a frame, and text to the end.
+
+    Where not even one frame fits, all of it is text.
+    """
     height = width = 16
     frames = (num_tokens - 128) // (height * width)
+    if frames < 1:
+        return (TokenRun(0, num_tokens),)
     video = TokenGrid(64, frames, height, width)
     return TokenRun(0, 64), video, TokenRun(video.stop, num_tokens - video.stop)
 

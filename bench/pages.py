@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import threads_text
-from bench.registry import CASES, TARGETS
-from bench.results import Row, load
+from bench.registry import CASES, PLANNERS, TARGETS
+from bench.results import Row, break_even, load
 
 _INTRO = """\
 <!-- Written by `make docs` from bench/results. Do not edit: a test compares both. -->
@@ -21,8 +21,8 @@ first: a sample of queries of every head against float64, allowed at most twice 
 torch attention in the same dtype. What is not right is not timed. Times are medians of
 interleaved samples (A B A B, one process); samples during which other programs used more than a
 tenth of a core are dropped where enough others remain. Inputs are seeded normal numbers, and
-lists are random: another one for every head, and in every row the same share of blocks. FLOPs are
-those of listed blocks.
+lists are random: another one for every head, and in every row the same share of blocks. Where a
+plan is found online, q and k hold what there is to find. FLOPs are those of listed blocks.
 
 Two ratios stand side by side. *Over SDPA* is what a user gains against
 `F.scaled_dot_product_attention` in the same dtype. *Over our dense list* divides by the same
@@ -44,6 +44,9 @@ _SPEED_COLUMNS = (
 _GROUPS = {
     "structure": "What structure costs",
     "planning": "Finding a plan",
+    "prefill": "Sparse prefill, planning included",
+    "length": "Where it begins to pay",
+    "planners": "Other planners on the same kernel",
     "threads": "Threads",
     "size": "Small, large, sparser",
 }
@@ -112,6 +115,10 @@ def _cpu(rows: Sequence[Row], results: Path) -> Iterable[str]:
         if members:
             yield f"### {title}\n"
             yield "\n".join(f"- `{row.case}`: {row.title} ({row.shape})" for row in members) + "\n"
+            if group == "length":
+                yield break_even(members) + "\n"
+            if group == "planners":
+                yield "\n".join(_planners(row) for row in members)
             yield _goal_table([(row, n, g) for row in members for n, g in row.goals.items()])
     yield _missed(rows)
     yield _samples(rows)
@@ -140,6 +147,26 @@ def _goal_table(goals: Sequence[tuple[Row, str, dict[str, Any]]]) -> str:
             target = f"{sign} {goal['target']:g}{'' if goal['met'] else ', **missed**'}"
         own = "" if goal["own"] is None else f"{goal['own']:.2f}"
         lines.append(f"| {row.case} | {name} | {goal['value']:.3g} | {target} | {own} |")
+    return "\n".join(lines) + "\n"
+
+
+def _planners(row: Row) -> str:
+    """What every planner lists, what of the true attention that holds, and what it costs."""
+    lines = [
+        "Recall is the share of the attention mass that a plan keeps. The heads are built, so that",
+        "where the mass lies is known (`bench/heads.py`).",
+        "",
+        "| planner | listed | recall, mean | recall, worst head | plan, ms | plan and attend, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in PLANNERS:
+        run, plan = row.runs.get(name), row.runs.get(f"{name}-plan")
+        if run is None or plan is None:
+            continue
+        shares = [run["density"], run["recall"], run["least_recall"]]
+        cells = [name, *(f"{100 * x:.1f} %" for x in shares)]
+        cells += [f"{plan['ms']:.4g}", f"{run['ms']:.4g}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from permattn import HeadPattern
+
+from bench.planners import (
+    AUTO,
+    GRID,
+    GRID_5,
+    LINES_8,
+    FlexPrefill,
+    Planner,
+    Prefill,
+    Static,
+    XAttention,
+)
 from bench.plans import Dense, PlanBuilder, RandomBlocks, TwoParts
 
 Dtype = Literal["bf16", "fp32", "fp16"]
@@ -35,16 +48,18 @@ class Run:
     Args:
         name: as it appears in goals and results.
         kind: "sdpa" and "flex" are baselines; "ours" is `sparse_attention` with a plan; "kernel"
-            is the backend's forward alone; "plan" builds the grid plan of a video; "planned" builds
-            it and attends.
+            is the backend's forward alone; "probe" is one probe of the last 64 queries; "plan"
+            builds a planner's plan, "attend" attends with one built before, "planned" does both.
         plan: what ours and flex compute.
+        planner: of plan, attend and planned.
         causal: of sdpa.
         threads: None = those of the whole run.
     """
 
     name: str
-    kind: Literal["sdpa", "flex", "ours", "kernel", "plan", "planned"]
+    kind: Literal["sdpa", "flex", "ours", "kernel", "probe", "plan", "attend", "planned"]
     plan: PlanBuilder | None = None
+    planner: Planner | None = None
     causal: bool = False
     threads: int | None = None
 
@@ -84,19 +99,24 @@ class Case:
 
     Args:
         inputs: "video" adds to q and k what a grid plan is there to find: tokens at one place of
-            the frame attend to that place in earlier frames.
+            the frame attend to that place in earlier frames. "heads" are those of `bench.heads`,
+            each of another kind; what they keep of the true attention is measured as well.
         quick: part of the smoke run.
+        rounds: samples of every contender at most, where one of them takes long; None = as asked.
     """
 
     name: str
-    group: Literal["speed", "structure", "planning", "threads", "size"]
+    group: Literal[
+        "speed", "structure", "planning", "prefill", "length", "planners", "threads", "size"
+    ]
     title: str
     shape: Shape
     runs: tuple[Run, ...]
     goals: tuple[Goal, ...]
     probe: Literal["time", "memory"] = "time"
-    inputs: Literal["normal", "video"] = "normal"
+    inputs: Literal["normal", "video", "heads"] = "normal"
     quick: bool = False
+    rounds: int | None = None
 
     def small(self) -> Case:
         """The same case at a size that any backend runs quickly, without compiled baselines."""
@@ -229,8 +249,8 @@ PLANNING = Case(
     runs=(
         Run("sdpa-causal", "sdpa", causal=True),
         Run("causal-dense", "ours", Dense(causal=True)),
-        Run("plan", "plan"),
-        Run("plan-and-attend", "planned"),
+        Run("plan", "plan", planner=GRID),
+        Run("plan-and-attend", "planned", planner=GRID),
     ),
     goals=(
         Goal("planning as a share of causal SDPA", "plan", "sdpa-causal", 0.05, at_most=True),
@@ -243,6 +263,112 @@ PLANNING = Case(
             own="causal-dense",
         ),
     ),
+)
+
+
+def prefill_case(name: str, title: str, planner: Planner, head_dim: int, target: float) -> Case:
+    """A planner at 32k tokens beside SDPA, plan building included, itemised.
+
+    SDPA takes up to a minute a call here, so three rounds have to do.
+    """
+    return Case(
+        name=f"{name}-32k-d{head_dim}",
+        group="prefill",
+        title=f"bf16, D = {head_dim}, {title}",
+        shape=Shape("bf16", head_dim, num_tokens=32768),
+        inputs="video",
+        rounds=3,
+        runs=(
+            Run("sdpa-causal", "sdpa", causal=True),
+            Run("causal-dense", "ours", Dense(causal=True)),
+            Run("probe", "probe"),
+            Run("plan", "plan", planner=planner),
+            Run("attend", "attend", planner=planner),
+            Run("plan-and-attend", "planned", planner=planner),
+        ),
+        goals=(
+            Goal(
+                "planning and attention vs causal SDPA",
+                "sdpa-causal",
+                "plan-and-attend",
+                target,
+                own="causal-dense",
+            ),
+            Goal("planning as a share of its sparse attention", "plan", "attend", at_most=True),
+            Goal("the probe as a share of planning", "probe", "plan", at_most=True),
+        ),
+    )
+
+
+LONG = Case(
+    name="grid-128k",
+    group="prefill",
+    title="bf16, D = 128, a grid plan found online for a video of 128k tokens",
+    shape=Shape("bf16", 128, num_tokens=131072),
+    inputs="video",
+    rounds=3,
+    runs=(
+        Run("probe", "probe"),
+        Run("plan", "plan", planner=GRID_5),
+        Run("attend", "attend", planner=GRID_5),
+        Run("plan-and-attend", "planned", planner=GRID_5),
+    ),
+    goals=(
+        Goal("planning as a share of its sparse attention", "plan", "attend", 0.05, at_most=True),
+        Goal("the probe as a share of planning", "probe", "plan", at_most=True),
+    ),
+)
+
+
+def length_case(num_tokens: int) -> Case:
+    """Where sparse begins to pay: a grid plan found online, every default, beside SDPA."""
+    lost = num_tokens >= 4096
+    return Case(
+        name=f"length-{num_tokens // 1024}k",
+        group="length",
+        title=f"bf16, D = 128, a grid plan found online for {num_tokens // 1024}k tokens",
+        shape=Shape("bf16", 128, num_tokens=num_tokens),
+        inputs="video",
+        runs=(
+            Run("sdpa-causal", "sdpa", causal=True),
+            Run("causal-dense", "ours", Dense(causal=True)),
+            Run("plan-and-attend", "planned", planner=GRID),
+        ),
+        goals=(
+            Goal(
+                "planning and attention vs causal SDPA",
+                "sdpa-causal",
+                "plan-and-attend",
+                1.0 if lost else None,
+                own="causal-dense",
+            ),
+        ),
+    )
+
+
+PLANNERS: dict[str, Planner] = {
+    "mminference": AUTO,
+    "flexprefill": FlexPrefill(),
+    "xattention": XAttention(),
+    "vertical-slash": Prefill((HeadPattern("vertical_slash", local=256),)),
+    "tri-shape": Static(last=128),
+    "a-shape": Static(),
+}
+
+COMPARED = Case(
+    name="planners-32k",
+    group="planners",
+    title="bf16, D = 128, heads of eight kinds, every planner on the same kernel",
+    shape=Shape("bf16", 128, num_tokens=32768),
+    inputs="heads",
+    quick=True,
+    rounds=3,
+    runs=(
+        Run("causal-dense", "ours", Dense(causal=True)),
+        *(Run(f"{name}-plan", "plan", planner=planner) for name, planner in PLANNERS.items()),
+        *(Run(name, "planned", planner=planner) for name, planner in PLANNERS.items()),
+    ),
+    goals=tuple(Goal(f"{n} vs our causal dense list", "causal-dense", n) for n in PLANNERS),
 )
 
 SCALING = Case(
@@ -307,6 +433,17 @@ CASES: tuple[Case, ...] = (
     structure_case(128),
     GQA,
     PLANNING,
+    *(
+        prefill_case("grid", "a grid plan found online, about 5 % of the pairs", GRID_5, d, 8.0)
+        for d in (64, 128)
+    ),
+    *(
+        prefill_case("lines", "1000 columns and 15 diagonals, about 8 % of them", LINES_8, d, 6.0)
+        for d in (64, 128)
+    ),
+    LONG,
+    *(length_case(1024 * n) for n in (1, 2, 4, 8)),
+    COMPARED,
     SCALING,
     THREADS,
     TINY,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.clock import Samples
 from bench.gate import Verdict
-from bench.registry import Goal
+from bench.registry import CASES, Goal
 
 ALL_CORES = Path("bench/results/cpu.jsonl")
 ONE_THREAD = Path("bench/results/cpu-1-thread.jsonl")
@@ -21,7 +22,8 @@ class Row:
     """The result of one case.
 
     runs: contender -> ms (median), p10, p90, kept and tried samples, quiet, gflop of the selected
-        blocks, gflops, density.
+        blocks, gflops, density (of causal pairs where the plan is causal); where heads of known
+        attention are planned, recall and least_recall: the share of it kept, mean and worst head.
     goals: name -> value, target, met, slow, fast, and the ratio to our own dense list.
     gate: contender -> error from float64, plain torch's error, bound, ok.
     """
@@ -97,6 +99,27 @@ class Row:
 
     def _ratio(self, slow: str, fast: str) -> float:
         return self.runs[slow]["ms"] / self.runs[fast]["ms"]
+
+
+def break_even(rows: Sequence[Row]) -> str:
+    """From which measured length on sparse prefill, planning counted, is ahead of dense torch."""
+    sizes = {case.name: case.shape.num_tokens for case in CASES if case.group == "length"}
+    ahead = {
+        sizes[row.case]: goal["value"] >= 1.0
+        for row in rows
+        if row.case in sizes
+        for goal in row.goals.values()
+    }
+    if not ahead:
+        return ""
+    behind = [n for n, is_ahead in ahead.items() if not is_ahead]
+    paying = [n for n in ahead if n > max(behind, default=0)]
+    if not paying:
+        return f"Sparse prefill is behind SDPA at every length up to {max(ahead)} tokens."
+    shortest = "" if behind else ", the shortest measured"
+    return (
+        f"Sparse prefill, planning included, is ahead of SDPA from {min(paying)} tokens{shortest}."
+    )
 
 
 def load(path: Path) -> list[Row]:

@@ -10,16 +10,19 @@ import argparse
 import fnmatch
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from permattn.backends import AUTO_ORDER
+from permattn.core import AttnPlan
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.clock import Timing, measure
 from bench.contenders import Bench
 from bench.gate import judge
+from bench.heads import recall
 from bench.machine import ROOT, commit, describe, utc_now
 from bench.memory import measure_memory
 from bench.registry import CASES, Case
@@ -75,7 +78,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     timing = QUICK if args.quick else Timing(rounds, most, patience=args.patience, cpu_time=one)
     rows = []
     for case in cases:
-        row = run_case(case, args.backend, timing, console)
+        row = run_case(case, args.backend, shortened(timing, case), console)
         print_case(console, row)
         rows.append(row)
         out = args.out or (None if args.quick else ROOT / (ONE_THREAD if one else ALL_CORES))
@@ -83,6 +86,14 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             merge(out, row)  # after each case, so that an interrupted run keeps what it has
     print_summary(console, rows)
     return 0 if all(row.is_right for row in rows) else 1
+
+
+def shortened(timing: Timing, case: Case) -> Timing:
+    """A case with a slow contender takes fewer rounds; one more may replace a disturbed sample."""
+    if case.rounds is None:
+        return timing
+    rounds = min(timing.rounds, case.rounds)
+    return replace(timing, rounds=rounds, max_rounds=min(timing.max_rounds, case.rounds + 1))
 
 
 def run_case(case: Case, backend: str, timing: Timing, console: Console) -> Row:
@@ -132,10 +143,19 @@ def _probe_time(case: Case, backend: str, timing: Timing, row: Row, console: Con
             lambda name: progress.update(task, advance=1, description=f"{case.name} {name}"),
         )
     for name, contender in contenders.items():
-        density = contender.plan.density(causal=False) if contender.plan is not None else None
+        plan = contender.plan
+        density = None if plan is None else plan.density(causal=is_causal(plan))
         row.add_run(name, samples[name], contender.flops, contender.pairs, density)
+        if contender.recall and plan is not None:
+            kept = recall(plan, bench.q, bench.k, bench.v, backend=backend)
+            row.runs[name] |= {"recall": float(kept.mean()), "least_recall": float(kept.min())}
     for goal in case.goals:
         row.add_goal(goal)
+
+
+def is_causal(plan: AttnPlan) -> bool:
+    """Whether every part looks back only: its density is then a share of the causal pairs."""
+    return all(p.band.min_lag is not None and p.band.min_lag >= 0 for p in plan.parts)
 
 
 def _probe_memory(case: Case, backend: str, threads: int, row: Row) -> None:

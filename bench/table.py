@@ -8,13 +8,16 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.machine import threads_text
-from bench.results import Row
+from bench.results import Row, break_even
 
 _MARK = {True: "[green]met[/]", False: "[red]missed[/]", None: "[dim]shown[/]"}
 
 
 def print_case(console: Console, row: Row) -> None:
-    """One table a case: ratio, target, verdict, the ratio to our own dense list, times."""
+    """One table a case: ratio, target, verdict, the ratio to our own dense list, times.
+
+    Below it, what planners keep of heads of known attention.
+    """
     table = Table(title=f"{row.case}: {row.title}", caption=_caption(row), title_justify="left")
     for name, justify in (
         ("ratio", "left"),
@@ -38,6 +41,14 @@ def print_case(console: Console, row: Row) -> None:
             f"{fast['gflops']:.0f}" if fast["gflop"] else "",
         )
     console.print(table)
+    for name, run in row.runs.items():
+        if "recall" in run:
+            console.print(
+                f"  {name}: {100 * run['density']:.1f} % of the pairs hold "
+                f"{100 * run['recall']:.1f} % of the attention, of the worst head "
+                f"{100 * run['least_recall']:.1f} %",
+                highlight=False,
+            )
     for name, verdict in row.gate.items():
         if not verdict["ok"]:
             console.print(
@@ -53,6 +64,8 @@ def print_summary(console: Console, rows: Sequence[Row]) -> None:
     missed = [x for x in goals if False in (x[2]["met"], x[2]["own_met"])]
     wrong = [row.case for row in rows if not row.is_right]
     wanted = len(verdicts) - verdicts.count(None)
+    if text := break_even(rows):
+        console.print(text, highlight=False)
     if wanted:
         console.print(f"{verdicts.count(True)} of {wanted} targets met")
     for case, name, goal in missed:
