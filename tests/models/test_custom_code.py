@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from permattn.core import TokenGrid
+from permattn.core import TokenGrid, TokenRun
 from permattn.models.families.llava_video import PLACEHOLDER, rows_of_prompt
 from torch import nn
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-from .checks import BOUND, GREEDY, Recorder, assert_same_generation, patched
+from .checks import (
+    BOUND,
+    GREEDY,
+    Recorder,
+    assert_same_generation,
+    generate,
+    logits,
+    patched,
+)
 from .tiny import TEXT, grids_of
 
 
@@ -139,6 +149,98 @@ def test_layout_of_another_batch_size(spliced):
         pytest.raises(ValueError, match="one entry per batch row, got 3 for 2 rows"),
     ):
         model.generate(prompts, images, **GREEDY)
+
+
+def generate_with(spliced, rows, **options):
+    model, prompts, images = spliced
+    with patched(model) as handle, handle.layout(rows):
+        return model.generate(prompts, images, **GREEDY, **options)
+
+
+def test_layout_past_the_prompt(spliced):
+    """Known at the first decoding step: a prompt may come in chunks."""
+    message = r"rows\[1\] has TokenGrid.*ends at 108, past the 101 tokens of the prompt"
+    with pytest.raises(ValueError, match=message):
+        generate_with(spliced, [[], [TokenGrid(60, 12, 2, 2)]])
+
+
+def test_layout_past_the_prompt_without_a_cache(spliced):
+    model, prompts, images = spliced
+    with torch.no_grad():
+        embeds, mask = model.splice(prompts, images)
+    calls = Recorder()
+    with (
+        pytest.raises(ValueError, match="past the 101 tokens"),
+        patched(model, calls) as handle,
+        handle.layout([[], [TokenRun(0, 400)]]),
+    ):
+        model(inputs_embeds=embeds, attention_mask=mask)
+    assert calls.calls == []
+
+
+def test_layout_past_the_prompt_without_decoding(spliced):
+    model, prompts, images = spliced
+    with torch.no_grad():
+        embeds, mask = model.splice(prompts, images)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="past the 101 tokens"),
+        patched(model) as handle,
+        handle.layout([[], [TokenRun(0, 400)]]),
+    ):
+        cache = DynamicCache(config=model.config)
+        model(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache)
+
+
+def test_layout_in_the_padding(spliced):
+    """The usual mistake: positions of the prompt without its padding."""
+    rows = rows_of_prompt(spliced[1], SIZES, padding_side="right")
+    message = r"rows\[0\] has TokenGrid\(start=5.* in the 18 tokens of padding"
+    with pytest.raises(ValueError, match=message):
+        generate_with(spliced, rows)
+
+
+def test_layout_with_shared_tokens(spliced):
+    model, _, _ = spliced
+    with patched(model) as handle:
+        for row in (
+            [TokenGrid(10, 4, 2, 2), TokenRun(25, 3, "audio")],
+            [TokenGrid(10, 2, 2, 2, (10, 20)), TokenRun(20, 3, "audio")],
+        ):
+            message = rf"rows\[1\]: TokenGrid.* and TokenRun.* share token {row[1].start}"
+            with pytest.raises(ValueError, match=message), handle.layout([[], row]):
+                pass
+        between = [TokenGrid(10, 2, 2, 2, (10, 20)), TokenRun(14, 6, "audio")]
+        with handle.layout([between]):
+            pass
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl"])
+def test_layout_that_disagrees_with_the_ids(case_of, name):
+    case = case_of(name)
+    (grid,) = case.rows[0]
+    moved = replace(grid, start=grid.start + 1, frame_starts=None, frames=2)
+    wrong = "18|12"
+    with patched(case.model) as handle:
+        with (
+            pytest.raises(ValueError, match=rf"whose ({wrong}) tokens in input_ids \d+ are no"),
+            handle.layout([[replace(moved, start=0)]]),
+        ):
+            logits(case)
+        with handle.layout(case.rows):
+            logits(case)
+            assert handle.last_layout.rows == case.rows
+
+
+def test_two_videos_told_apart(case_of):
+    """InternVL's frames are images: only the caller knows where a video ends."""
+    case = case_of("internvl", "TWO")
+    want = generate(case, prefill_chunk_size=50)
+    plans = Recorder()
+    with patched(case.model, plans) as handle, handle.layout(case.rows):
+        got = generate(case, prefill_chunk_size=50)
+    assert_same_generation(got, want)
+    assert plans.calls[-1][0] == case.rows
 
 
 def test_layout_of_wrong_things(spliced):

@@ -18,14 +18,13 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from permattn.core import Segment
 from permattn.models import context
 from permattn.models.attention import LAYOUT_KEYWORD, NAME
 from permattn.models.frames import (
@@ -36,12 +35,12 @@ from permattn.models.frames import (
     GridPerVideo,
     Rows,
     Size,
-    segments_before,
     with_runs,
 )
 from permattn.models.layer import CallCounts, NotCopyable
 from permattn.models.layout import Family, TokenLayout, padding_of_mask
 from permattn.models.splice import Splice
+from permattn.models.stated import check_labels, repeated
 
 _GRID_KEYWORDS = {IMAGE: "image_grid_thw", VIDEO: "video_grid_thw"}
 # Patches per token along height and width, image by image, where the model is told them.
@@ -233,6 +232,10 @@ class LayoutCapture(NotCopyable):
         if tokens is None:
             tokens = inputs.get("input_ids")
         if tokens is None or tokens.shape[1] <= 1:
+            stated = context.explicit(self._owner)
+            if stated is not None:
+                # Decoding: the prompt has ended, with all of its chunks.
+                stated.check_reached()
             return None
         batch, q_len = tokens.shape[:2]
         # transformers 5.24 renamed the argument.
@@ -249,6 +252,9 @@ class LayoutCapture(NotCopyable):
         has_gaps = False
         if mask is not None and mask.ndim == 2:
             left_pad, right_pad, has_gaps = padding_of_mask(mask[:, : q_offset + q_len])
+        stated = context.explicit(self._owner)
+        if stated is not None:
+            stated.check_pass(left_pad, q_offset + q_len, is_whole=cache is None)
         rows, dropped = self._rows_of(inputs, cache, batch, q_len, q_offset)
         if dropped:
             reason = reason or TOKENS_DROPPED
@@ -263,15 +269,20 @@ class LayoutCapture(NotCopyable):
         if cache is not None:
             self._seen[cache] = seen
         pending = context.take_pending(self._owner)
-        stated, spliced = context.explicit(self._owner), context.take_spliced(self._owner)
-        if stated is None and spliced is not None and inputs.get("inputs_embeds") is not None:
+        spliced, stated = context.take_spliced(self._owner), context.explicit(self._owner)
+        inputs = {**inputs, **(context.observed() or {})}
+        if stated is not None:
+            seen.rows = stated.rows
+        elif spliced is not None and inputs.get("inputs_embeds") is not None:
             # A chunk may be shorter; a later turn counts its positions from elsewhere.
             is_start = q_offset == 0 and q_len <= spliced.length
-            stated = spliced.rows if is_start else None
-        seen.rows = stated if stated is not None else seen.rows
+            seen.rows = spliced.rows if is_start else seen.rows
         if seen.rows is not None:
-            return _repeat(seen.rows, batch, q_offset + q_len), False
-        inputs = {**inputs, **(context.observed() or {})}
+            rows = repeated(seen.rows, batch, q_offset + q_len)
+            labels = self._labels_of(inputs, batch, q_len) if stated is not None else None
+            if labels is not None and self._family.names_placeholders:
+                check_labels(rows, labels, q_offset)
+            return rows, False
         kept = inputs.get(_KEPT_KEYWORD)
         if kept is not None and not bool(kept.all()):
             seen.dropped = True
@@ -337,12 +348,3 @@ def _append(before: Tensor | None, new: Tensor, q_offset: int) -> Tensor:
         n = min(before.shape[1], q_offset)
         known[:, :n] = before[:, :n].repeat_interleave(batch // before.shape[0], 0)
     return torch.cat((known, new), 1)
-
-
-def _repeat(rows: Sequence[Sequence[Segment]], batch: int, kv_len: int) -> Rows:
-    """Stated rows for a batch that beams or num_return_sequences repeated, up to a chunk's end."""
-    copies, rest = divmod(batch, max(len(rows), 1))
-    if rest or not rows:
-        raise ValueError(f"layout: wants one entry per batch row, got {len(rows)} for {batch} rows")
-    here = [segments_before(row, kv_len) for row in rows]
-    return tuple(row for row in here for _ in range(copies))

@@ -14,6 +14,7 @@ from typing import Any
 
 from permattn.models.frames import Rows, Size
 from permattn.models.layout import TokenLayout
+from permattn.models.stated import StatedRows
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ _PREPARING: ContextVar[bool] = ContextVar("permattn_preparing", default=False)
 _OBSERVED: ContextVar[Mapping[str, Any] | None] = ContextVar("permattn_observed", default=None)
 _IN_VISION_CALL: ContextVar[bool] = ContextVar("permattn_in_vision_call", default=False)
 _PENDING: ContextVar[tuple[PendingGrid, ...]] = ContextVar("permattn_pending", default=())
-_EXPLICIT: ContextVar[tuple[tuple[object, Rows], ...]] = ContextVar("permattn_explicit", default=())
+_EXPLICIT: ContextVar[tuple[tuple[object, StatedRows], ...]] = ContextVar(
+    "permattn_explicit", default=()
+)
 
 _SPLICED: ContextVar[tuple[SplicedRows, ...]] = ContextVar("permattn_spliced", default=())
 
@@ -148,12 +151,12 @@ def _without(owner: object) -> tuple[SplicedRows, ...]:
     return tuple(spliced for spliced in _SPLICED.get() if spliced.owner is not owner)
 
 
-def set_explicit(owner: object, rows: Rows | None) -> None:
+def set_explicit(owner: object, rows: StatedRows | None) -> None:
     """Rows that the caller states for the next passes of `owner`; None withdraws them."""
     others = tuple(entry for entry in _EXPLICIT.get() if entry[0] is not owner)
     _EXPLICIT.set(others if rows is None else (*others, (owner, rows)))
 
 
-def explicit(owner: object) -> Rows | None:
+def explicit(owner: object) -> StatedRows | None:
     """The rows that `set_explicit` holds for `owner`."""
     return next((rows for entry, rows in _EXPLICIT.get() if entry is owner), None)

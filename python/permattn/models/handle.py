@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from permattn.models.config import PrefillConfig
 from permattn.models.families import family_of
 from permattn.models.layer import CallCounts, NotCopyable, Observer, Planner, Watch
 from permattn.models.layout import Family, TokenLayout
+from permattn.models.stated import StatedRows
 from permattn.patterns.mminference import plan_prefill
 
 _HANDLE = "_permattn_handle"
@@ -178,16 +178,18 @@ class Handle(NotCopyable):
 
         Passes inside the `with` block use these rows, chunks of one prompt included; so do later
         passes over the same cache.
+
+        Raises:
+            TypeError: something else than segments.
+            ValueError: segments that share a token, stand in padding, claim text (where ids tell),
+                or end past the prompt. The last one is known when the prompt has ended: in the pass
+                itself without a cache, else at the first decoding step or the end of the block.
         """
-        stated = tuple(tuple(row) for row in rows)
-        for segment in itertools.chain.from_iterable(stated):
-            if not isinstance(segment, Segment):
-                raise TypeError(
-                    f"rows: wants TokenGrid and TokenRun segments, got {type(segment).__name__}"
-                )
+        stated = StatedRows(tuple(tuple(row) for row in rows))
         context.set_explicit(self._owner, stated)
         try:
             yield self
+            stated.check_reached()
         finally:
             context.set_explicit(self._owner, None)
 

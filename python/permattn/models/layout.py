@@ -63,6 +63,11 @@ class Family:
     decoder: str | None = None
     whole_layers: int | None = None
 
+    @property
+    def names_placeholders(self) -> bool:
+        """Whether ids tell visual tokens from text."""
+        return self.image_token is not None or self.video_token is not None
+
     def labels_of_ids(self, input_ids: Tensor) -> Tensor:
         """int64 [B, S] on the CPU: TEXT, IMAGE, VIDEO or AUDIO."""
         input_ids = input_ids.cpu()
