@@ -146,7 +146,7 @@ def make_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Seeded normal q, k, v: never zeros, which run faster than data does."""
     generator = torch.Generator().manual_seed(seed)
-    marks = _place_marks(shape, generator) if video else None
+    marks = place_marks(shape, generator) if video else None
 
     def draw(heads: int, marked: bool) -> Tensor:
         x = torch.randn(shape.batch, heads, shape.num_tokens, shape.head_dim, generator=generator)
@@ -166,7 +166,7 @@ def head_inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, tuple[Segment, ..
     return *heads.constructed(names, prompt, dtype=DTYPES[shape.dtype]), prompt.segments
 
 
-def _place_marks(shape: Shape, generator: torch.Generator) -> Tensor:
+def place_marks(shape: Shape, generator: torch.Generator) -> Tensor:
     """[S, D]: a direction of its own for every place of the frame, 0 for text.
 
     Of length 8, so that at D = 64 four fifths of a query's mass lie on its place in other frames.

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--tokens", type=int, default=16384, help="length of the timed calls")
+    parser.add_argument(
+        "--lengths",
+        default="32k,128k,512k,1m",
+        help="of the whole prefills, any of 32k,128k,512k,1m; '' for none (default: all)",
+    )
     parser.add_argument("--no-flex", action="store_true", help="leave out compiled FlexAttention")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args(argv)
@@ -55,9 +61,13 @@ def main(argv: list[str]) -> int:
         print("make gpu: no CUDA device is visible to torch; nothing was run", file=sys.stderr)
         return NO_GPU
     use_tree()
+    from bench import gpu_prefill
     from bench import gpu_sections as sections
     from bench.machine import commit, utc_now
 
+    lengths = [x for x in args.lengths.lower().split(",") if x]
+    if unknown := sorted(set(lengths) - set(gpu_prefill.LENGTHS)):
+        parser.error(f"--lengths: wants any of {list(gpu_prefill.LENGTHS)}, got {unknown}")
     head, dirty = commit()
     machine = describe_gpu()
     report: dict[str, Any] = {"machine": machine, "commit": head, "dirty": dirty, "utc": utc_now()}
@@ -72,12 +82,20 @@ def main(argv: list[str]) -> int:
         "timing": lambda: sections.timing(args.backend, args.tokens, not args.no_flex),
         "test suite": lambda: sections.test_suite(ROOT),
     }
-    for name, section in named.items():
-        report["sections"][name] = run_section(name, section)
-    report["clocks after"] = smi("clocks.sm,clocks.mem,temperature.gpu,power.draw")
+    for length in lengths:
+        named[f"prefill {length}"] = partial(
+            gpu_prefill.prefill,
+            args.backend,
+            gpu_prefill.LENGTHS[length],
+            with_flex=not args.no_flex,
+        )
     path = args.out or RESULTS / f"gpu-{slug(machine['device'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for name, section in named.items():
+        report["sections"][name] = run_section(name, section)
+        report["clocks after"] = smi("clocks.sm,clocks.mem,temperature.gpu,power.draw")
+        # After each section, so that an interrupted run keeps what it has.
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     passed = [s["ok"] for s in report["sections"].values()]
     print(f"{passed.count(True)} passed, {passed.count(False)} failed")
     return 0 if all(passed) else 1

@@ -249,7 +249,37 @@ def _gpu(report: dict[str, Any]) -> str:
             f"| {x['over_sdpa']:.2f}x |"
             for x in timing
         ]
+    for name, section in report["sections"].items():
+        if name.startswith("prefill ") and section["data"]:
+            lines += _gpu_prefill(section["data"])
     return "\n".join(lines) + "\n"
+
+
+def _gpu_prefill(data: dict[str, Any]) -> Iterable[str]:
+    """One length: what was aimed at, our planners itemised, and what others did."""
+    yield f"\n### Prefill of {data['tokens']} tokens ({data['shape']})\n"
+    yield "| ratio | measured | target |\n|---|---|---|"
+    for name, goal in data["ratios"].items():
+        target = ""
+        if goal["target"] is not None:
+            missed = (goal["value"] > goal["target"]) == goal["at_most"]
+            sign = "at most" if goal["at_most"] else "at least"
+            target = f"{sign} {goal['target']:g}{', **missed**' if missed else ''}"
+        yield f"| {name} | {goal['value']:.3g} | {target} |"
+    yield (
+        "\n| planner or kernel | listed | recall, mean (worst) | plan, ms | attend, ms | both, ms "
+        "| TFLOP/s | peak, GB |\n|---|---|---|---|---|---|---|---|"
+    )
+    for run in (*data["ours"], *data["others"]):
+        if "why_not" in run:
+            yield f"| {run['run']} | {run['why_not']} | | | | | | |"
+            continue
+        listed = f"{100 * run['density']:.1f} %" if "density" in run else ""
+        kept = f"{100 * run['recall']:.1f} % ({100 * run['least_recall']:.1f} %)" if listed else ""
+        times = [f"{run[x]:.4g}" if x in run else "" for x in ("plan_ms", "attend_ms", "ms")]
+        rate = f"{run['tflops']:.1f}" if "tflops" in run else ""
+        peak = f"{run['peak_gb']:.1f}" if "peak_gb" in run else ""
+        yield "| " + " | ".join((run["run"], listed, kept, *times, rate, peak)) + " |"
 
 
 def _order(row: Row) -> int:

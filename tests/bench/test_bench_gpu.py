@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_sections
+from bench import gpu, gpu_prefill, gpu_sections
+from bench.pages import performance_page
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +30,7 @@ else:
 sys.path.insert(0, {tree!r} + "/bench")
 import gpu
 gpu.use_tree()
-import permattn, permattn.triton_kernels, bench.gpu_sections
+import permattn, permattn.triton_kernels, bench.gpu_sections, bench.gpu_prefill
 print(permattn.__file__)
 print(permattn.triton_kernels.__file__)
 print("triton" in sys.modules)
@@ -56,6 +57,75 @@ def test_correctness_runs_and_goes_red(on_cpu, monkeypatch):
     )
     with pytest.raises(AssertionError, match="wrong"):
         gpu_sections.correctness("reference")
+
+
+@pytest.fixture
+def prefill_on_cpu(monkeypatch):
+    monkeypatch.setattr(gpu_prefill, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(gpu_prefill, "BUDGET_MS", 0.0)
+    return lambda: gpu_prefill.prefill("auto", 1000, heads=(4, 2), head_dim=64, with_flex=False)
+
+
+def test_a_prefill_is_itemised(prefill_on_cpu, tmp_path):
+    data = prefill_on_cpu()
+    assert json.loads(json.dumps(data)) == data
+    ours = {x["run"]: x for x in data["ours"]}
+    assert list(ours) == ["probe", *gpu_prefill.PLANNERS]
+    for name in gpu_prefill.PLANNERS:
+        run = ours[name]
+        assert min(run[x] for x in ("plan_ms", "attend_ms", "ms", "tflops", "density")) > 0
+        assert 0.1 < run["least_recall"] <= run["recall"] < 1.001
+    others = {x["run"]: x for x in data["others"]}
+    assert list(others) == ["sdpa-flash", "sdpa-cudnn", "flash-attn-2", "flash-attn-3"]
+    assert others["sdpa-flash"]["tflops"] > 0
+    assert others["flash-attn-3"]["why_not"].startswith("ModuleNotFoundError")
+    assert "grid attention over SDPA flash" in data["ratios"]
+    report = {"machine": {"device": "Card", "torch": "2"}, "commit": "abc", "utc": "2026-01-02T"}
+    report["sections"] = {"prefill 32k": {"ok": True, "error": "", "data": data}}
+    (tmp_path / "gpu-card.json").write_text(json.dumps(report))
+    page = performance_page(tmp_path)
+    assert "### Prefill of 1000 tokens (4/2 heads, D = 64, bf16)" in page
+    assert "| flash-attn-3 | ModuleNotFoundError" in page and "| layer |" in page
+
+
+def test_a_wrong_result_fails_the_prefill(prefill_on_cpu, monkeypatch):
+    real = gpu_prefill.permattn.sparse_attention
+    monkeypatch.setattr(
+        gpu_prefill.permattn, "sparse_attention", lambda *a, **k: 1.05 * real(*a, **k)
+    )
+    with pytest.raises(AssertionError, match="grid: error"):
+        prefill_on_cpu()
+
+
+def test_another_kernel_that_fails_is_data(prefill_on_cpu, monkeypatch):
+    def broken(layer: gpu_prefill.Layer, kind: object) -> None:
+        raise torch.OutOfMemoryError("no room\nfor it")
+
+    monkeypatch.setattr(gpu_prefill, "_sdpa", broken)
+    data = prefill_on_cpu()
+    assert data["others"][0] == {"run": "sdpa-flash", "why_not": "OutOfMemoryError: no room"}
+    assert list(data["ratios"]) == ["planning over attention, grid"]
+
+
+def runs_at(num_tokens: int) -> dict:
+    """The ratios of made-up times: ours take 10 ms to attend and 1 to plan, SDPA 100."""
+    mine = {"plan_ms": 1.0, "attend_ms": 10.0, "ms": 11.0, "tflops": 300.0}
+    ours = [{"run": x, **mine} for x in ("grid", "layer")]
+    return gpu_prefill.ratios(
+        num_tokens, ours, [{"run": "sdpa-flash", "ms": 100.0, "tflops": 400.0}]
+    )
+
+
+def test_ratios_and_targets_of_a_million_tokens():
+    found = runs_at(1 << 20)
+    values = {name: (x["value"], x["target"]) for name, x in found.items()}
+    assert values["grid attention over SDPA flash"] == (10.0, 12.0)
+    assert values["layer with planning over SDPA flash"] == (pytest.approx(100 / 11), 8.3)
+    assert values["rate of listed blocks over the best dense rate"] == (0.75, 0.6)
+    assert values["planning over attention, grid"] == (0.1, 0.05)
+    short = runs_at(1 << 15)
+    assert short["grid attention over SDPA flash"]["target"] is None
+    assert short["planning over attention, grid"]["target"] is None
 
 
 def test_a_failing_section_becomes_data():

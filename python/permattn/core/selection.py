@@ -118,9 +118,9 @@ def strongest_blocks(
     return out
 
 
-def row_chunks(scores_per_row: int, num_rows: int) -> list[tuple[int, int]]:
-    """Ranges of rows whose float32 scores fit the chunk."""
-    step = max(1, _CHUNK_BYTES // (4 * max(scores_per_row, 1)))
+def row_chunks(scores_per_row: int, num_rows: int, chunks: int = 1) -> list[tuple[int, int]]:
+    """Ranges of rows whose float32 scores fit a chunk, or a few chunks' room."""
+    step = max(1, chunks * _CHUNK_BYTES // (4 * max(scores_per_row, 1)))
     return [(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
 
 

@@ -67,7 +67,9 @@ def _chosen(
     keys = _groups(k, 0, ceil_div(num_kv, stride), stride, reverse=False)
     kv = torch.empty(batch, hq, len(stop), num_blocks, dtype=torch.int32, device=q.device)
     column = torch.arange(num_blocks, device=q.device)
-    for i, end in row_chunks(batch * hq * keys.shape[2] * per_block, len(stop)):
+    # A GPU would wait for launches between small chunks.
+    room = 8 if q.is_cuda else 1
+    for i, end in row_chunks(batch * hq * keys.shape[2] * per_block, len(stop), room):
         # Positions of this chunk's groups; those before the first query or past the last are 0.
         start = (first + i) * block - offset
         rows = _groups(q, start, (end - i) * per_block, stride, reverse=True)
