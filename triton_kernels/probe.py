@@ -6,47 +6,42 @@ neighbours reach) goes through memory and is added by a second kernel in a fixed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from permattn.triton_kernels import launch
-from permattn.triton_kernels.config import MIN_TILE, next_power_of_2, padded_head_dim
-from permattn.triton_kernels.token_rule import dot_rows, head_base, load_rows
+from permattn.triton_kernels.config import MIN_TILE, Config, next_power_of_2, padded_head_dim
+from permattn.triton_kernels.token_rule import head_base, load_rows
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Columns of a product without matrix instructions: the fewest that Triton takes.
+PIECE = tl.constexpr(16)
 LN2 = tl.constexpr(0.6931471805599453)
-MAX_ROWS = 128
+# Rows of one launch. Twice as many do not fit the registers; more rows are more launches.
+MAX_ROWS = 64
 # Coordinates per program: enough to hide the start of one, few enough to fill a device at 32k keys.
 SPLIT = 1024
 # Splits whose row sums are merged at a time.
 MERGED = 32
 
 
-@dataclass(frozen=True)
-class ProbeConfig:
-    """The shape of the kernels: block_m rows (all of them), block_n >= block_m keys at a time."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def select_probe_config(num_rows: int, head_dim: int, element_size: int) -> ProbeConfig:
+def select_probe_config(num_rows: int, head_dim: int, element_size: int) -> Config:
     """A pure function of the facts; every choice compiles without spills (tests/triton/aot).
 
     Args:
-        num_rows: 1..128.
+        num_rows: 1..64.
         head_dim: 1..256.
         element_size: bytes: 2 or 4.
+
+    Returns: a Config of block_m rows (all of them) and block_n >= block_m keys at a time.
     """
     block_m = max(MIN_TILE, next_power_of_2(num_rows))
-    block_n = max(64, block_m)
+    block_n = MAX_ROWS
     stages = 1 if element_size == 4 or head_dim > 128 else 2
-    return ProbeConfig(block_m, block_n, 4 if block_m <= 32 else 8, stages)
+    warps = 4 if block_m <= 32 else 8
+    registers = 255 if element_size == 4 or head_dim > 128 else 168
+    return Config(block_m, block_n, warps, stages, registers)
 
 
 @triton.jit
@@ -76,6 +71,23 @@ def _load_keys(
 
 
 @triton.jit
+def _load_piece(p_base, b_row, m_piece, stride):
+    """[rows, PIECE] of a tensor whose last stride is 1."""
+    o_d = tl.arange(0, PIECE)
+    return tl.load(p_base + b_row.to(tl.int64)[:, None] * stride + o_d[None, :], m_piece, 0.0)
+
+
+@triton.jit
+def _load_queries(p_q, o_m, m_row, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """All rows, except in float32; see `_scores`."""
+    if p_q.dtype.element_ty == tl.float32:
+        b_q = m_row
+    else:
+        b_q = load_rows(p_q, o_m, m_row, stride, D, BLOCK_D)
+    return b_q
+
+
+@triton.jit
 def _scores(
     b_q,
     p_q,
@@ -91,9 +103,22 @@ def _scores(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Scores of one block of keys in base 2; -inf where the row does not see the key."""
-    b_k = load_rows(p_k, b_key, m_key, k_stride, D, BLOCK_D)
-    b_score = dot_rows(b_q, b_k)
+    """Scores of one block of keys in base 2; -inf where the row does not see the key.
+
+    Without matrix instructions (float32 in full precision) a thread keeps whole rows of both sides
+    in registers: they are read in pieces that fit, and b_q is not used.
+    """
+    if p_q.dtype.element_ty == tl.float32:
+        b_score = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        o_m = tl.arange(0, BLOCK_M)
+        for i_d in tl.range(0, D, PIECE, num_stages=1):
+            m_d = (i_d + tl.arange(0, PIECE) < D)[None, :]
+            b_x = _load_piece(p_q + i_d, o_m, m_row[:, None] & m_d, q_stride)
+            b_y = _load_piece(p_k + i_d, b_key, m_key[:, None] & m_d, k_stride)
+            b_score = tl.dot(b_x, tl.trans(b_y), b_score, input_precision="ieee")
+    else:
+        b_k = load_rows(p_k, b_key, m_key, k_stride, D, BLOCK_D)
+        b_score = tl.dot(b_q, tl.trans(b_k))
     m_seen = m_row[:, None] & m_key[None, :] & (b_key[None, :] <= b_position[:, None])
     return tl.where(m_seen, b_score * LOG2E, float("-inf"))
 
@@ -139,7 +164,7 @@ def probe_total_kernel(
     m_row = o_m < tl.where(i_position >= 0, num_rows, 0)
     p_q = head_base(p_q, i_b, i_h, q_strides)
     p_k = head_base(p_k, i_b, i_h // group, k_strides)
-    b_q = load_rows(p_q, o_m, m_row, q_strides[2], D, BLOCK_D)
+    b_q = _load_queries(p_q, o_m, m_row, q_strides[2], D, BLOCK_D)
     b_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     for i_block in tl.range(0, SPLIT, BLOCK_N):
@@ -229,7 +254,14 @@ def _diagonals(b_p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["num_q_heads", "num_splits", "num_rows", "num_coordinates", "num_keys"]
+    do_not_specialize=[
+        "num_q_heads",
+        "num_splits",
+        "num_rows",
+        "num_all_rows",
+        "num_coordinates",
+        "num_keys",
+    ]
 )
 def probe_mass_kernel(
     p_q,
@@ -250,6 +282,7 @@ def probe_mass_kernel(
     group,
     num_splits,
     num_rows,
+    num_all_rows,
     num_coordinates,
     num_keys,
     order_rows,
@@ -277,12 +310,12 @@ def probe_mass_kernel(
     m_row = o_m < tl.where(i_position >= 0, num_rows, 0)
     p_q = head_base(p_q, i_b, i_h, q_strides)
     p_k = head_base(p_k, i_b, i_h // group, k_strides)
-    b_q = load_rows(p_q, o_m, m_row, q_strides[2], D, BLOCK_D)
+    b_q = _load_queries(p_q, o_m, m_row, q_strides[2], D, BLOCK_D)
     i_head = (i_b * num_q_heads + i_h).to(tl.int64)
     b_lse = tl.load(p_lse + i_head * num_rows + o_m, mask=m_row, other=float("-inf")) * LOG2E
     # A row that sees nothing: 2^(-inf - inf) is 0, where 2^(-inf - -inf) is NaN.
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
-    mean = 1.0 / num_rows
+    mean = 1.0 / num_all_rows
     o_out = i_head * num_coordinates
     i_last = tl.load(p_coordinate + i_b) + BLOCK_M - 1
     b_carry = tl.zeros([BLOCK_N], tl.float32)
@@ -363,58 +396,58 @@ def launch_probe(
     key_range: Tensor,
     order: Tensor | None,
     skip: Tensor | None,
-    lse: Tensor,
-    masses: tuple[Tensor, Tensor, Tensor],
-    lse_is_given: bool,
-) -> None:
-    """Launches both sweeps.
+    lse: Tensor | None,
+    num_all_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launches both sweeps over at most MAX_ROWS rows.
 
     Args:
         q: [B, Hq, R, D], scaled, last stride 1; k: [B, Hkv, Skv, D], last stride 1.
         first_position, first_coordinate: int32 [B]; key_range: int32 [B, 2]; order: int32
-            [Bx, n]; skip: bool [B, Hq, n]; all contiguous.
-        lse: float32 [B, Hq, R], contiguous; written unless it is given.
-        masses: column, square, diagonal, float32 [B, Hq, n], contiguous; the last one zeros.
+            [Bx, n]; skip: bool [B, Hq, n]; lse: float32 [B, Hq, R] or None: computed; all
+            contiguous.
+        num_all_rows: what sums are divided by.
+
+    Returns: (lse, column, square, diagonal): float32 [B, Hq, R] and three times [B, Hq, n].
     """
     batch, heads, rows, dim = q.shape
-    column, square, diagonal = masses
-    n = column.shape[2]
+    n = k.shape[2] if order is None else order.shape[1]
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(batch, heads, *shape, dtype=torch.float32, device=q.device)
+
+    # A lag that no coordinate reaches has no writer.
+    column, square, diagonal = empty(n), empty(n), empty(n).zero_()
     splits = launch.ceil_div(n, SPLIT)
     if batch * splits == 0:
-        if not lse_is_given:
-            lse.fill_(float("-inf"))
-        return
+        return empty(rows).fill_(float("-inf")), column, square, diagonal
     config = select_probe_config(rows, dim, q.element_size())
-    block_m, block_n = config.block_m, config.block_n
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": padded_head_dim(dim)}
-    sizes = (heads, heads // k.shape[1], splits, rows, n, k.shape[2])
-    order_rows = int(order is not None and order.shape[0] > 1)
-    axis = {"HAS_ORDER": order is not None, "D": dim, "SPLIT": SPLIT, **tiles, **options}
+    tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    shape = {"D": dim, "SPLIT": SPLIT, **tiles, "BLOCK_D": padded_head_dim(dim)}
+    options = {"HAS_ORDER": order is not None, **shape, **launch.launch_options(config)}
     strides = launch.strides(q), launch.strides(k)
+    order_rows = int(order is not None and order.shape[0] > 1)
+    axis = n, k.shape[2], order_rows
     grid = (batch * splits * heads,)
-    if not lse_is_given:
-        top, total = (q.new_empty(batch, heads, splits, block_m, dtype=torch.float32) for _ in "ts")
+    if lse is None:
+        lse, top, total = empty(rows), empty(splits, config.block_m), empty(splits, config.block_m)
         probe_total_kernel[grid](
             *(q, k, first_position, key_range, order, top, total),
-            *(*strides, *sizes, order_rows),
-            **axis,
+            *(*strides, heads, heads // k.shape[1], splits, rows, *axis),
+            **options,
         )
         probe_lse_kernel[(batch * heads,)](
-            *(top, total, lse, splits, rows), MERGED=MERGED, BLOCK_M=block_m, num_warps=4
+            *(top, total, lse, splits, rows), MERGED=MERGED, BLOCK_M=config.block_m
         )
-    edge = q.new_empty(batch, heads, splits, block_n, dtype=torch.float32)
+    edge = empty(splits, config.block_n)
     probe_mass_kernel[grid](
         *(q, k, first_position, first_coordinate, key_range, order, lse),
         *(None if skip is None else skip.view(torch.uint8), column, square, diagonal, edge),
-        *(*strides, *sizes, order_rows),
+        *(*strides, heads, heads // k.shape[1], splits, rows, num_all_rows, *axis),
         HAS_SKIP=skip is not None,
-        **axis,
+        **options,
     )
     probe_edge_kernel[grid](
-        *(edge, first_coordinate, diagonal, heads, splits, n),
-        SPLIT=SPLIT,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=1,
+        *(edge, first_coordinate, diagonal, heads, splits, n), SPLIT=SPLIT, **tiles, num_warps=1
     )
+    return lse, column, square, diagonal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from permattn.core.plan import AttnPlan
-from permattn.core.probe import Masses, ProbeArgs, ProbeProblem, empty_masses
+from permattn.core.probe import Masses, ProbeArgs, ProbeProblem
 from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 NAME = "triton"
 MAX_HEAD_DIM = 256
-MAX_PROBE_ROWS = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Both are settled once, here: a look-up inside why_not would break fullgraph compilation. Triton
 # itself reads the variable when it is imported; under it, kernels run on CPU tensors, for tests.
@@ -65,30 +65,38 @@ def why_not_probe(problem: ProbeProblem) -> str | None:
         return why
     if problem.head_dim > MAX_HEAD_DIM:
         return f"head dims go up to {MAX_HEAD_DIM}, got D = {problem.head_dim}"
-    if problem.num_rows > MAX_PROBE_ROWS:
-        return f"probes with at most {MAX_PROBE_ROWS} rows, got {problem.num_rows}"
     return _why_not_this_device(problem.device_type)
 
 
 def probe(args: ProbeArgs) -> Masses:
-    lse, column, square, diagonal = empty_masses(args.q, args.num_coordinates)
     with _on_device_of(args.q):
-        if args.lse is not None:
-            lse.copy_(args.lse)
-        probe_kernels(args, lse, (column, square, diagonal.zero_()))
-    return lse, column, square, diagonal
+        return probe_kernels(args)
 
 
-def probe_kernels(args: ProbeArgs, lse: Tensor, masses: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Launches a probe into lse [B, Hq, R] (which holds what was given) and masses [B, Hq, n]."""
-    from permattn.triton_kernels.probe import launch_probe
+def probe_kernels(args: ProbeArgs) -> Masses:
+    """Launches a probe, as many rows at a time as the kernels take."""
+    from permattn.triton_kernels.probe import MAX_ROWS, launch_probe
 
+    q = args.q if args.q.stride(-1) == 1 else args.q.contiguous()
     order, skip = (None if x is None else x.contiguous() for x in (args.order, args.skip))
-    launch_probe(
-        *(args.q if args.q.stride(-1) == 1 else args.q.contiguous(), args.k),
-        *(args.first_position.contiguous(), args.first_coordinate.contiguous()),
-        *(args.key_range.contiguous(), order, skip, lse, masses, args.lse is not None),
+    key_range = args.key_range.contiguous()
+    found = []
+    for i in range(0, q.shape[2], MAX_ROWS):
+        # A batch row without probe rows stays one.
+        position = torch.where(args.first_position < 0, -1, args.first_position + i)
+        lse = None if args.lse is None else args.lse[:, :, i : i + MAX_ROWS].contiguous()
+        found.append(
+            launch_probe(
+                *(q[:, :, i : i + MAX_ROWS], args.k, position, args.first_coordinate + i),
+                *(key_range, order, skip, lse, q.shape[2]),
+            )
+        )
+    lses, columns, squares, diagonals = zip(*found, strict=True)
+    # cat also copies a given lse, which an operator must not return.
+    column, square, diagonal = (
+        functools.reduce(torch.add, parts) for parts in (columns, squares, diagonals)
     )
+    return torch.cat(lses, 2), column, square, diagonal
 
 
 def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,44 @@ class Case:
             backward_kernels(BwdArgs(q, k, v, out, lse, out, lse, plan, 0.125))
 
 
+@dataclass(frozen=True)
+class ProbeCase:
+    """One probe.
+
+    Args:
+        axis: "plain" = coordinates are positions, lse computed; "order" = keys of an order, some of
+            them skipped, lse computed.
+        rows: probe rows.
+    """
+
+    axis: str
+    rows: int
+    dtype: torch.dtype
+    head_dim: int
+    archs: tuple[int, ...]
+    tokens: int = TOKENS
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"probe-{self.axis}-r{self.rows}-{dtype}-d{self.head_dim}"
+
+    def launch(self) -> None:
+        from permattn.backends.triton import probe_kernels
+        from permattn.core.probe import ProbeArgs
+
+        q = torch.zeros(2, HEADS, self.rows, self.head_dim, dtype=self.dtype)
+        k = torch.zeros(2, KV_HEADS, self.tokens, self.head_dim, dtype=self.dtype)
+        first = torch.zeros(2, dtype=torch.int32)
+        order = skip = None
+        if self.axis == "order":
+            order = torch.arange(self.tokens, dtype=torch.int32).expand(2, -1)
+            skip = torch.zeros(2, HEADS, self.tokens, dtype=torch.bool)
+        key_range = torch.zeros(2, 2, dtype=torch.int32)
+        args = ProbeArgs(q, k, first, key_range, order, first, None, skip)
+        probe_kernels(args)
+
+
 def make_plan(kind: str, tokens: int) -> AttnPlan:
     """A plan of one kind.
 
@@ -75,8 +113,8 @@ def make_plan(kind: str, tokens: int) -> AttnPlan:
     return random_plan(tokens, tokens, block_q=block, block_kv=block, band=band, permuted=True)
 
 
-def _cases() -> tuple[Case, ...]:
-    cases = []
+def _cases() -> tuple[Case | ProbeCase, ...]:
+    cases: list[Case | ProbeCase] = []
     for way in ("fwd", "bwd"):
         for dim in (64, 128):
             cases += [
@@ -87,6 +125,12 @@ def _cases() -> tuple[Case, ...]:
         sampled += [("gather", BRAIN, *dims) for dims in ((16, 16), (80, 80), (128, 64))]
         sampled += [(plan, BRAIN, 256, 256) for plan in ("gather", "small")]
         cases += [Case(way, *facts, SAMPLE) for facts in sampled]
+    for axis in ("plain", "order"):
+        cases += [ProbeCase(axis, 64, BRAIN, dim, EVERY) for dim in (64, 128)]
+    shapes = [(64, HALF, 128), (64, SINGLE, 64), (64, SINGLE, 128), (64, SINGLE, 256)]
+    shapes += [(64, BRAIN, 16), (64, BRAIN, 80), (64, BRAIN, 256)]
+    shapes += [(16, BRAIN, 128), (32, BRAIN, 128), (16, SINGLE, 128)]
+    cases += [ProbeCase("order", *facts, SAMPLE) for facts in shapes]
     return tuple(cases)
 
 
