@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -71,15 +72,22 @@ def test_videos_of_different_resolution(case_of, name):
     check(case, case.rows)
 
 
-def test_sound_stands_between_the_frames(case_of):
-    """Two frames, their eight audio tokens, two frames: one grid with gaps, and runs in them."""
-    row = case_of("qwen2_5_omni_sound").rows[0]
+@pytest.mark.parametrize(
+    ("name", "gaps", "lengths"),
+    [
+        ("qwen2_5_omni_sound", [0, 8] * 5 + [0], [8, 8, 8, 8, 8, 5]),
+        ("qwen3_omni_sound", [4] * 11, [4] * 11 + [1]),
+    ],
+)
+def test_sound_stands_between_the_frames(case_of, name, gaps, lengths):
+    """Frames, the sound of their seconds, frames: one grid with gaps, and runs in them."""
+    row = case_of(name).rows[0]
     (grid,) = grids_of(row)
-    gaps = [b - a - 6 for a, b in zip(grid.frame_starts[:-1], grid.frame_starts[1:], strict=True)]
-    assert gaps == [0, 8] * 5 + [0]
+    starts = grid.frame_starts
+    assert [b - a - 6 for a, b in pairwise(starts)] == gaps
     sounds = [segment for segment in row if isinstance(segment, TokenRun)]
-    assert [run.modality for run in sounds] == ["audio"] * 6
-    assert [run.length for run in sounds] == [8, 8, 8, 8, 8, 5]
+    assert [run.modality for run in sounds] == ["audio"] * len(lengths)
+    assert [run.length for run in sounds] == lengths
 
 
 @pytest.mark.parametrize("name", ALWAYS_DENSE)

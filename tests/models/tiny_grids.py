@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -152,12 +153,18 @@ def qwen3_5_moe(videos: Videos, generator: torch.Generator, **text):
 AUDIO_ID = 7
 AUDIO_START, AUDIO_END = 8, 9
 
-# Two frames of one second each stand in a chunk, then eight audio tokens.
-OMNI_PACE = {"position_id_per_seconds": 4, "seconds_per_chunk": 2}
-FRAMES_PER_CHUNK, AUDIO_PER_CHUNK = 2, 8
+# Frames are one second long.
+AUDIO_PER_FRAME = 4
 
 
-def _omni_inputs(videos: Videos, generator: torch.Generator, *, audio: bool, frames_of_mel):
+def _omni_inputs(
+    videos: Videos,
+    generator: torch.Generator,
+    *,
+    audio: bool = True,
+    frames_per_chunk: int,
+    mel_of_tokens: Callable[[int], int],
+):
     """With audio: every video carries a sound track, cut in between its frames."""
     prompts, mels = Prompts(generator), []
 
@@ -166,20 +173,20 @@ def _omni_inputs(videos: Videos, generator: torch.Generator, *, audio: bool, fra
         if audio:
             row.append(AUDIO_START)
         # The sound ends in the middle of the last chunk.
-        sound = 4 * frames - 3 if audio else 0
+        sound = length = AUDIO_PER_FRAME * frames - 3 if audio else 0
         starts = []
         for i in range(frames):
             starts.append(len(row))
             row += [VIDEO_ID] * (height * width)
-            if (i + 1) % FRAMES_PER_CHUNK == 0 or i == frames - 1:
-                here = min(sound, AUDIO_PER_CHUNK)
+            if (i + 1) % frames_per_chunk == 0 or i == frames - 1:
+                here = min(sound, AUDIO_PER_FRAME * frames_per_chunk)
                 sound -= here
                 if here:
                     prompts.runs.append(TokenRun(len(row), here, "audio"))
                 row += [AUDIO_ID] * here
         if audio:
             row.append(AUDIO_END)
-            mels.append(frames_of_mel(4 * frames - 3))
+            mels.append(mel_of_tokens(length))
         row.append(VISION_END)
         return starts
 
@@ -217,15 +224,49 @@ def qwen2_5_omni(videos: Videos, generator: torch.Generator, *, audio: bool = Fa
         audio_token_index=AUDIO_ID,
         vision_start_token_id=VISION_START,
         audio_start_token_id=AUDIO_START,
-        **OMNI_PACE,
+        position_id_per_seconds=AUDIO_PER_FRAME,
+        seconds_per_chunk=2,
     )
     # The inverse of ((n - 1) // 2 + 1 - 2) // 2 + 1 tokens for n frames of mel bands.
-    inputs = _omni_inputs(videos, generator, audio=audio, frames_of_mel=lambda n: 4 * n - 1)
+    inputs = _omni_inputs(
+        videos, generator, audio=audio, frames_per_chunk=2, mel_of_tokens=lambda n: 4 * n - 1
+    )
     return transformers.Qwen2_5OmniThinkerForConditionalGeneration(config), *inputs
 
 
 def qwen2_5_omni_sound(videos: Videos, generator: torch.Generator, **text):
     return qwen2_5_omni(videos, generator, audio=True, **text)
+
+
+def qwen3_omni_sound(videos: Videos, generator: torch.Generator, **text):
+    rope = {**MROPE, "mrope_interleaved": True}
+    experts = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    config = transformers.Qwen3OmniMoeThinkerConfig(
+        text_config={**TEXT, "head_dim": 16, "rope_parameters": rope, **experts, **text},
+        vision_config=QWEN3_VISION,
+        audio_config={
+            "d_model": 32,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "num_mel_bins": 16,
+            "output_dim": 64,
+            "downsample_hidden_size": 8,
+        },
+        image_token_id=IMAGE_ID,
+        video_token_id=VIDEO_ID,
+        audio_token_id=AUDIO_ID,
+        vision_start_token_id=VISION_START,
+        audio_start_token_id=AUDIO_START,
+        position_id_per_seconds=AUDIO_PER_FRAME,
+    )
+
+    def mel_of_tokens(n):
+        """13 tokens come from 100 frames of mel bands, n < 13 from 8 n - 7."""
+        return n // 13 * 100 + (8 * (n % 13) - 7 if n % 13 else 0)
+
+    inputs = _omni_inputs(videos, generator, frames_per_chunk=1, mel_of_tokens=mel_of_tokens)
+    return transformers.Qwen3OmniMoeThinkerForConditionalGeneration(config), *inputs
 
 
 def glm4v(videos: Videos, generator: torch.Generator, **text):

@@ -19,6 +19,7 @@ BUILDERS = {
     "qwen3_5_moe": tiny_grids.qwen3_5_moe,
     "qwen2_5_omni": tiny_grids.qwen2_5_omni,
     "qwen2_5_omni_sound": tiny_grids.qwen2_5_omni_sound,
+    "qwen3_omni_sound": tiny_grids.qwen3_omni_sound,
     "glm4v": tiny_grids.glm4v,
     "video_llama_3": tiny_grids.video_llama_3,
     "llava_onevision": tiny_frames.llava_onevision,
