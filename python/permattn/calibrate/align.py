@@ -9,7 +9,7 @@ from permattn.calibrate.space import BLOCK, Candidate
 from permattn.patterns.mminference import HeadPattern
 from permattn.patterns.mminference.config import Boundary
 
-_ROUNDS = 6
+_ROUNDS = 8
 # A step may not change a scale by more than this: a plan's cost has steps of its own.
 _MOST_STEP = 8.0
 
@@ -82,34 +82,35 @@ def fit(
     keys = budget / max(layer.q.shape[2], 1)
     scales = [keys / _keys_at_one(candidate)] * heads
     low, high = [0.0] * heads, [float("inf")] * heads
-    tried: list[tuple[tuple[HeadPattern, ...], list[float]]] = []
+    tried: dict[tuple[HeadPattern, ...], list[float]] = {}
     for _ in range(_ROUNDS):
         sized = (candidate.at(s, keys_per_row=keys, num_kv=layer.num_kv) for s in scales)
         patterns = tuple(replace(p, boundary=boundary) for p in sized)
-        if any(patterns == before for before, _ in tried):
-            break
-        pairs = pairs_of(layer.plan(patterns), layer).tolist()
-        tried.append((patterns, pairs))
+        # Sizes have steps: another scale may be the same pattern, and needs no other plan.
+        if patterns not in tried:
+            tried[patterns] = pairs_of(layer.plan(patterns), layer).tolist()
+        pairs = tried[patterns]
         cost = pairs if candidate.per_head else [max(pairs)] * heads
         near = [abs(c - budget) <= tolerance * budget for c in cost]
         if all(near):
             break
         for h in range(heads):
-            if cost[h] > budget * (1 + tolerance):
+            if near[h]:
+                continue
+            if cost[h] > budget:
                 high[h] = min(high[h], scales[h])
-            elif not near[h]:
+            else:
                 low[h] = max(low[h], scales[h])
-            if not near[h]:
-                scales[h] = _next_scale(scales[h], budget / max(cost[h], 1.0), low[h], high[h])
+            scales[h] = _next_scale(scales[h], budget / max(cost[h], 1.0), low[h], high[h])
     most = budget * (1 + tolerance)
+    trials = list(tried.items())
     if not candidate.per_head:
         # The most expensive head must be able to afford the window.
-        chosen = _within([max(pairs) for _, pairs in tried], most)
-        return tried[chosen]
-    picks = [_within([pairs[h] for _, pairs in tried], most) for h in range(heads)]
+        return trials[_within([max(pairs) for _, pairs in trials], most)]
+    picks = [_within([pairs[h] for _, pairs in trials], most) for h in range(heads)]
     return (
-        tuple(tried[i][0][h] for h, i in enumerate(picks)),
-        [tried[i][1][h] for h, i in enumerate(picks)],
+        tuple(trials[i][0][h] for h, i in enumerate(picks)),
+        [trials[i][1][h] for h, i in enumerate(picks)],
     )
 
 

@@ -45,6 +45,23 @@ class Choice:
     ms: float | None
 
 
+def check_affordable(records: Sequence[Record]) -> None:
+    """Raises ValueError where the budget is below the cheapest candidate of every head."""
+    share = float("inf")
+    for r in records:
+        most = r["budget"] * (1 + r["tolerance"])
+        cheapest = min(min(trial_of(r, name)["pairs"]) for name in r["trials"])
+        if cheapest <= most:
+            return
+        share = min(share, cheapest / max(r["causal"], 1))
+    first = records[0]
+    raise ValueError(
+        f"budget: {first['budget'] / max(first['causal'], 1):.1%} of all pairs is less than any "
+        f"candidate computes at {first['tokens']} tokens (blocks of 64 keys), the cheapest "
+        f"{share:.1%}; use longer prompts or a larger budget"
+    )
+
+
 def choose_whole(records: Sequence[Record], head: int, times: Mapping[str, float]) -> Choice:
     """The best pattern without boundaries.
 
@@ -102,7 +119,7 @@ def choose_boundary(
             cross[m, other] = alone(patterns_of(intra[0], f"q/{kind}")[head])
     label += "".join(f"; {m} to {x}: {_kind(picks[m])}" for m, x in cross)
     by_pair = _combined(pairs, picks, head, label, per_pair(own, cross, main))
-    most = intra[0]["budget"] * (1 + intra[0]["tolerance"]) / max(intra[0]["causal"], 1)
+    most = _most_density(intra[0])
     chosen = whole
     for option in (by_query, by_pair):
         affordable = option.density <= max(most, whole.density)
@@ -111,10 +128,22 @@ def choose_boundary(
     return chosen
 
 
-def measured(choice: Choice, records: Sequence[Record], head: int) -> Choice:
-    """The choice with the numbers of the run in which all choices stood together ("final")."""
+def measured(choice: Choice, whole: Choice, records: Sequence[Record], head: int) -> Choice:
+    """The choice with the numbers of the run in which all choices stood together ("final").
+
+    Patterns that share blocks of keys when they stand alone may not when they are mixed: a boundary
+    that turns out to be over the budget, or no better, gives way to `whole`.
+    """
+    if choice.pattern.boundary == "none":
+        return choice
     found = _choice(records, "final", head, {})
+    if found.density > max(_most_density(records[0]), whole.density) or found.error >= whole.error:
+        return whole
     return replace(choice, error=found.error, recall=found.recall, density=found.density)
+
+
+def _most_density(record: Record) -> float:
+    return record["budget"] * (1 + record["tolerance"]) / max(record["causal"], 1)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from torch import nn
 from permattn._version import __version__
 from permattn.calibrate.align import Budget
 from permattn.calibrate.choose import (
+    Choice,
     alone,
+    check_affordable,
     choose_boundary,
     choose_own,
     choose_shared,
@@ -135,6 +137,7 @@ class _Search:
 
     def run(self) -> SearchResult:
         heads = self._stage("heads", self._try_heads)
+        check_affordable([records[0] for records in heads.values()])
         times = mean_times([r for records in heads.values() for r in records])
         modalities = tuple(heads[self._layers[0]][0]["modalities"])
         choices = {
@@ -142,26 +145,7 @@ class _Search:
             for n, records in heads.items()
         }
         if len(modalities) > 1:
-            pairs = self._stage("pairs", lambda *args: self._try_pairs(heads, times, *args))
-            choices = {
-                n: [
-                    choose_boundary(c, heads[n], pairs[n], h, modalities, times)
-                    for h, c in enumerate(row)
-                ]
-                for n, row in choices.items()
-            }
-        if any(c.pattern.boundary != "none" for row in choices.values() for c in row):
-            patterns = {n: tuple(c.pattern for c in row) for n, row in choices.items()}
-            final = self._stage(
-                "final",
-                lambda place, layer, exact: try_final(
-                    layer, exact, self._plan(place, modalities), patterns[place.layer]
-                ),
-            )
-            choices = {
-                n: [measured(c, final[n], h) for h, c in enumerate(row)]
-                for n, row in choices.items()
-            }
+            choices = self._across_boundaries(choices, heads, modalities, times)
         facts = self._facts | {
             "samples": [{"tokens": r["tokens"], "rows": r["rows"]} for r in heads[self._layers[0]]],
             "modalities": list(modalities),
@@ -174,6 +158,36 @@ class _Search:
         }
         shared = choose_shared(list(heads.values()), self._options.space)
         return SearchResult.of(choices, facts, shared=shared, max_error=self._options.max_error)
+
+    def _across_boundaries(
+        self,
+        whole: dict[int, list[Choice]],
+        heads: dict[int, list[Record]],
+        modalities: tuple[str, ...],
+        times: Mapping[str, float],
+    ) -> dict[int, list[Choice]]:
+        """The choices with boundaries where those are better; measured together at the end."""
+        pairs = self._stage("pairs", lambda *args: self._try_pairs(heads, times, *args))
+        choices = {
+            n: [
+                choose_boundary(c, heads[n], pairs[n], h, modalities, times)
+                for h, c in enumerate(row)
+            ]
+            for n, row in whole.items()
+        }
+        if all(c.pattern.boundary == "none" for row in choices.values() for c in row):
+            return whole
+        patterns = {n: tuple(c.pattern for c in row) for n, row in choices.items()}
+        final = self._stage(
+            "final",
+            lambda place, layer, exact: try_final(
+                layer, exact, self._plan(place, modalities), patterns[place.layer]
+            ),
+        )
+        return {
+            n: [measured(c, whole[n][h], final[n], h) for h, c in enumerate(row)]
+            for n, row in choices.items()
+        }
 
     def _stage(self, stage: str, try_layer: _TryLayer) -> dict[int, list[Record]]:
         """Records per layer, one per sample."""
