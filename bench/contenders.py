@@ -146,16 +146,16 @@ def make_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Seeded normal q, k, v: never zeros, which run faster than data does."""
     generator = torch.Generator().manual_seed(seed)
-    marks = place_marks(shape, generator) if video else None
+    q_marks, k_marks = video_marks(shape, generator) if video else (None, None)
 
-    def draw(heads: int, marked: bool) -> Tensor:
+    def draw(heads: int, marks: Tensor | None = None) -> Tensor:
         x = torch.randn(shape.batch, heads, shape.num_tokens, shape.head_dim, generator=generator)
-        if marks is not None and marked:
+        if marks is not None:
             x += marks
         return x.to(DTYPES[shape.dtype])
 
     kv_heads = shape.num_kv_heads
-    return draw(shape.num_q_heads, video), draw(kv_heads, video), draw(kv_heads, False)
+    return draw(shape.num_q_heads, q_marks), draw(kv_heads, k_marks), draw(kv_heads)
 
 
 def head_inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]:
@@ -166,18 +166,24 @@ def head_inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, tuple[Segment, ..
     return *heads.constructed(names, prompt, dtype=DTYPES[shape.dtype]), prompt.segments
 
 
-def place_marks(shape: Shape, generator: torch.Generator) -> Tensor:
-    """[S, D]: a direction of its own for every place of the frame, 0 for text.
+def video_marks(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What queries and keys of a video have in common, [S, D] each: two lines for a grid to find.
 
-    Of length 8, so that at D = 64 four fifths of a query's mass lie on its place in other frames.
+    Every place of the frame has a direction of its own, worth 8 logits where query and key share it
+    (slash lines); all queries see the keys of place 100 by as much (a vertical line).
     """
     video = video_segments(shape.num_tokens)[1]
     assert isinstance(video, TokenGrid)
-    marks = torch.zeros(shape.num_tokens, shape.head_dim)
-    place = torch.randn(video.tokens_per_frame, shape.head_dim, generator=generator)
-    place = 8 * torch.nn.functional.normalize(place, dim=-1)
-    marks[video.start : video.stop] = place.repeat(video.frames, 1)
-    return marks
+    places = video.tokens_per_frame
+    direction = torch.randn(places + 1, shape.head_dim, generator=generator)
+    size = (8 * shape.head_dim**0.5) ** 0.5
+    direction = size * torch.nn.functional.normalize(direction, dim=-1)
+    q = direction[-1].repeat(shape.num_tokens, 1)
+    k = torch.zeros(shape.num_tokens, shape.head_dim)
+    k[video.start + 100 : video.stop : places] = q[0]
+    for x in (q, k):
+        x[video.start : video.stop] += direction[:-1].repeat(video.frames, 1)
+    return q, k
 
 
 def video_segments(num_tokens: int) -> tuple[Segment, ...]:

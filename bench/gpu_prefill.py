@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import baselines
-from bench.contenders import place_marks, video_segments
+from bench.contenders import video_marks, video_segments
 from bench.gate import sample_rows, visible_rows
 from bench.heads import recall
 from bench.planners import GRID_5, LAYER, LINES_8, FlexPrefill, Planner, XAttention
@@ -100,19 +100,20 @@ def prefill(
 
 
 def draw(backend: str, num_tokens: int, heads: tuple[int, int], head_dim: int) -> Layer:
-    """Seeded inputs, made where they are used; each place of the frame sees itself in others."""
+    """Seeded inputs of a video (see `video_marks`), made where they are used."""
     shape = Shape("bf16", head_dim, num_tokens, num_q_heads=heads[0], num_kv_heads=heads[1])
-    marks = place_marks(shape, torch.Generator().manual_seed(0)).to(DEVICE)
+    q_marks, k_marks = video_marks(shape, torch.Generator().manual_seed(0))
     generator = torch.Generator(DEVICE).manual_seed(1)
 
-    def tensor(count: int, marked: bool) -> Tensor:
+    def tensor(count: int, marks: Tensor | None) -> Tensor:
         x = torch.empty(1, count, num_tokens, head_dim, dtype=torch.bfloat16, device=DEVICE)
         for h in range(count):
             noise = torch.randn(num_tokens, head_dim, generator=generator, device=DEVICE)
-            x[0, h] = noise + marks if marked else noise
+            x[0, h] = noise if marks is None else noise + marks
         return x
 
-    q, k, v = tensor(heads[0], True), tensor(heads[1], True), tensor(heads[1], False)
+    q = tensor(heads[0], q_marks.to(DEVICE))
+    k, v = tensor(heads[1], k_marks.to(DEVICE)), tensor(heads[1], None)
     return Layer(q, k, v, video_segments(num_tokens), backend)
 
 

@@ -69,7 +69,7 @@ GRID = Prefill((HeadPattern("grid"),))
 GRID_5 = Prefill((HeadPattern("grid", local=256),))
 # About 8 % of them.
 LINES_8 = Prefill(
-    (HeadPattern("vertical_slash", vertical=1000, slash=15, local=256, sink=30, last=0),)
+    (HeadPattern("vertical_slash", vertical=1000, slash=13, local=256, sink=30, last=0),)
 )
 AUTO = Prefill((HeadPattern("auto", local=256, vertical=256),))
 # Of every seven heads: four grids, two of lines, one of window and sink; the measured whole layer.

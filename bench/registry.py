@@ -99,8 +99,9 @@ class Case:
 
     Args:
         inputs: "video" adds to q and k what a grid plan is there to find: tokens at one place of
-            the frame attend to that place in earlier frames. "heads" are those of `bench.heads`,
-            each of another kind; what they keep of the true attention is measured as well.
+            the frame attend to that place in earlier frames, and all to one place. "heads" are
+            those of `bench.heads`, each of another kind; what a plan keeps of their attention is
+            measured as well.
         quick: part of the smoke run.
         rounds: samples of every contender at most, where one of them takes long; None = as asked.
     """
@@ -309,9 +310,9 @@ LONG = Case(
     rounds=3,
     runs=(
         Run("probe", "probe"),
-        Run("plan", "plan", planner=GRID_5),
-        Run("attend", "attend", planner=GRID_5),
-        Run("plan-and-attend", "planned", planner=GRID_5),
+        Run("plan", "plan", planner=GRID),
+        Run("attend", "attend", planner=GRID),
+        Run("plan-and-attend", "planned", planner=GRID),
     ),
     goals=(
         Goal("planning as a share of its sparse attention", "plan", "attend", 0.05, at_most=True),
@@ -438,7 +439,7 @@ CASES: tuple[Case, ...] = (
         for d in (64, 128)
     ),
     *(
-        prefill_case("lines", "1000 columns and 15 diagonals, about 8 % of them", LINES_8, d, 6.0)
+        prefill_case("lines", "1000 columns and 13 diagonals, about 8 % of them", LINES_8, d, 6.0)
         for d in (64, 128)
     ),
     LONG,
