@@ -28,7 +28,7 @@ AS_IMAGES = ("internvl", "llava", "smolvlm", "ovis2", "gemma3")
 # Bidirectional blocks of image tokens: dense, always.
 ALWAYS_DENSE = ("gemma3",)
 SPARSE = [name for name in BUILDERS if name not in ALWAYS_DENSE]
-GRIDS = [name for name in SPARSE if "qwen" in name] + ["glm4v", "video_llama_3"]
+GRIDS = [name for name in SPARSE if "qwen" in name or "glm" in name or name == "video_llama_3"]
 
 
 def joined(rows):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from .checks import Recorder, assert_same_generation, generate, patched
 from .tiny import grids_of
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl"]
+MORE = ["qwen3_5", "glm4v", "smolvlm", "video_llama_3", "video_llava"]
 VARIANTS = {
     "static": {"cache_implementation": "static"},
     "chunks": {"prefill_chunk_size": 32},
@@ -21,8 +24,13 @@ def last_rows(plans):
     return plans.calls[-1][0]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        *itertools.product(FAMILIES, VARIANTS),
+        *itertools.product(MORE, ["chunks", "static-chunks"]),
+    ],
+)
 def test_one_row(case_of, name, variant):
     case, options = case_of(name), VARIANTS[variant]
     want = generate(case, **options)
@@ -48,7 +56,7 @@ def test_left_padded_batch(case_of, name, variant):
     assert last_rows(plans) == tuple(row for row in case.rows for _ in range(copies))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
 def test_chunks_see_the_frames_so_far(case_of, name):
     case = case_of(name)
     plans = Recorder()

@@ -279,6 +279,34 @@ def glm4v(videos: Videos, generator: torch.Generator, **text):
     return transformers.Glm4vForConditionalGeneration(config), *_glm_inputs(videos, generator)
 
 
+def glm4v_moe(videos: Videos, generator: torch.Generator, **text):
+    rope = {**MROPE, "partial_rotary_factor": 1.0}
+    experts = {
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
+    config = transformers.Glm4vMoeConfig(
+        text_config={**TEXT, "head_dim": 16, "rope_parameters": rope, **experts, **text},
+        vision_config={**QWEN_VISION, "image_size": 32},
+        **GLM_TOKENS,
+    )
+    return transformers.Glm4vMoeForConditionalGeneration(config), *_glm_inputs(videos, generator)
+
+
+def glm46v(videos: Videos, generator: torch.Generator, **text):
+    rope = {**MROPE, "partial_rotary_factor": 1.0}
+    config = transformers.Glm46VConfig(
+        text_config={**TEXT, "model_type": "glm4v_text", "rope_parameters": rope, **text},
+        vision_config={**QWEN_VISION, "model_type": "glm4v_vision", "image_size": 32},
+        **GLM_TOKENS,
+    )
+    return transformers.Glm46VForConditionalGeneration(config), *_glm_inputs(videos, generator)
+
+
 GLM_TOKENS = {
     "image_token_id": IMAGE_ID,
     "video_token_id": VIDEO_ID,
@@ -339,7 +367,6 @@ def video_llama_3(videos: Videos, generator: torch.Generator, **text):
     grid = torch.tensor([size for row in videos for size in row])
     inputs["video_grid_thw"] = grid
     inputs["video_merge_sizes"] = torch.full((len(grid),), 2)
-    inputs["video_compression_mask"] = torch.ones(int(grid.prod(-1).sum()) // 4, dtype=torch.bool)
     inputs["pixel_values_videos"] = torch.randn(
         int(grid.prod(-1).sum()), 3 * 16, generator=generator
     )

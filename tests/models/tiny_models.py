@@ -21,6 +21,8 @@ BUILDERS = {
     "qwen2_5_omni_sound": tiny_grids.qwen2_5_omni_sound,
     "qwen3_omni_sound": tiny_grids.qwen3_omni_sound,
     "glm4v": tiny_grids.glm4v,
+    "glm4v_moe": tiny_grids.glm4v_moe,
+    "glm46v": tiny_grids.glm46v,
     "video_llama_3": tiny_grids.video_llama_3,
     "llava_onevision": tiny_frames.llava_onevision,
     "llava_next_video": tiny_frames.llava_next_video,
