@@ -22,6 +22,8 @@ MIN_GRID_EXCESS = 0.03
 MIN_SPREAD = 1 / 16
 MIN_TIMES_MEAN = 4.0
 MIN_TIMES_EVEN = 0.25
+# Excess of a longer stride, as a share of the best candidate's, that makes it the better choice.
+NEARLY = 0.9
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,8 +213,10 @@ def _strongest_line(
         (spread >= MIN_SPREAD) & (excess >= MIN_GRID_EXCESS) & (value >= MIN_TIMES_MEAN * chance)
     )
     score = torch.where(allowed & (forced[:, None] | worth), excess, -1.0)
-    # Ties go to the first candidate, as max does.
-    most, pick = score.max(-1)
+    # A divisor's lines hold these and a little noise for many times the keys: of candidates about
+    # as good as the best one, the longest stride is the cheapest.
+    most = score.amax(-1)
+    pick = torch.where(score >= NEARLY * most[:, None], size, 0).argmax(-1)
     stride = torch.where(most >= 0, size[pick], 0)
     return stride.int(), phase.gather(-1, pick[:, None])[:, 0].int()
 

@@ -100,7 +100,7 @@ class _Maker:
         self.device = stream.device
         self.q_perm = self._without_rows(stream.blocks.perm)
         self.kv_perm = stream.axis.perm
-        self._sparse: dict[int, Permutation] = {}
+        self._sparse: list[tuple[Permutation, Permutation]] = []
         self._columns: Permutation | None = None
 
     def _without_rows(self, perm: Permutation) -> Permutation:
@@ -110,9 +110,11 @@ class _Maker:
         """Keys with holes at the kept columns; made once for every axis."""
         if not self.lines.max_columns:
             return perm
-        if id(perm) not in self._sparse:
-            self._sparse[id(perm)] = perm.without_tokens(self.lines.columns)
-        return self._sparse[id(perm)]
+        for whole, sparse in self._sparse:
+            if whole is perm:
+                return sparse
+        self._sparse.append((perm, perm.without_tokens(self.lines.columns)))
+        return self._sparse[-1][1]
 
     def _band(self, min_lag: int, max_lag: int | None = None) -> TokenBand:
         """A band in positions, as one in tokens: query token i stands at position i + q_offset."""
