@@ -285,6 +285,21 @@ def test_wide_prefill_of_real_planner_is_exact(case_of):
             assert handle.stats["sparse"] == 4
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_omni_sound", "video_llava", "llava_onevision"])
+def test_wide_boundaries_of_real_planner_are_exact(case_of, name):
+    """Text, vision and audio, and runs between the frames of a grid: nothing is lost or doubled."""
+    case = case_of(name, "BATCH")
+    want_logits, want_tokens = logits(case), generate(case)
+    wide = {"pattern": "a_shape", "local": 4096}
+    pairs = {"text,vision": wide, "vision,audio": {"pattern": "dense"}, "audio,text": wide}
+    for boundary, when in (("k", {}), ("q", {"audio": wide, "vision": wide}), ("2d", pairs)):
+        head = {"pattern": "grid", "local": 4096, "boundary": boundary, "when": when}
+        with patch(case.model, {"min_q_len": 2, "default": head, "heads_per_pass": 2}) as handle:
+            assert_same_logits(case, logits(case), want_logits)
+            assert_same_generation(generate(case), want_tokens)
+            assert handle.stats["sparse"] == 4
+
+
 def test_narrow_prefill_of_real_planner_differs(case_of):
     """The planner's choice really reaches the kernel."""
     case = case_of("qwen2_5_vl")
