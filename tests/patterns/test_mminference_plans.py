@@ -243,3 +243,15 @@ def test_planning_never_waits_for_the_device_and_makes_nothing_quadratic(padding
 def test_bad_input_is_named(call, match):
     with pytest.raises(ValueError, match=match):
         call(torch.randn(1, 4, 8, 16))
+
+
+@pytest.mark.parametrize("kind", ["grid", "2d-boundary"])
+def test_two_plans_of_one_prompt_are_the_same(kind):
+    torch.manual_seed(0)
+    sq, skv, rows = PROMPTS["timestamps"]
+    q, k = torch.randn(1, 4, sq, 16) * 2, torch.randn(1, 2, skv, 16) * 2
+    first = plan_prefill(q, k, rows, HEADS[kind])
+    for _ in range(40):
+        again = plan_prefill(q, k, rows, HEADS[kind])
+        for one, other in zip(tree_leaves(first), tree_leaves(again), strict=True):
+            assert torch.equal(one, other)
