@@ -93,6 +93,22 @@ def test_stride_and_phase_of_80_slash_lines():
     assert len(wrong) <= 1, f"{len(wrong)} of 80 (stride, phase, first ranks): {wrong}"
 
 
+def test_a_divisor_of_the_stride_does_not_win():
+    """A frame line beside slash lines: row lines hold it too, and noise, for 16 times the keys."""
+    head = HeadPattern("grid", strides=("row", "frame"), h=False, s=False, sink=0, local=64)
+    rank, wrong = torch.arange(VIDEO.num_tokens), []
+    for seed in range(10):
+        q, k, _, _ = draw(2000 + seed)
+        code = torch.randn(256, DIM, generator=torch.Generator().manual_seed(seed))
+        code = torch.nn.functional.normalize(code, dim=-1) * (8 * DIM**0.5) ** 0.5
+        code[:, 0] = 0.0
+        k[0, :, VIDEO.start : VIDEO.stop] += code[rank % 256]
+        q[0] += code[(torch.arange(NUM_Q) + (NUM_KV - NUM_Q - VIDEO.start)) % 256]
+        k[0, :, VIDEO.start + 100 : VIDEO.stop : 256, 0] = 6.0
+        wrong += [x[:3].tolist() for x in far_ranks(q, k, head, ROW) if not is_line(x, 256, 100)]
+    assert not wrong, f"first ranks: {wrong}"
+
+
 def test_noise_alone_has_no_line():
     head = HeadPattern(strides=CANDIDATES, sink=0, local=64, vertical=0, slash=0)
     q, k, _, _ = draw(0)
