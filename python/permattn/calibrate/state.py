@@ -80,12 +80,28 @@ def _write(path: Path, value: Any) -> None:
 def _compare(folder: Path, before: Any, now: dict[str, Any]) -> None:
     if not isinstance(before, dict):
         raise StateError(f"state {folder}: {_ARGUMENTS} is damaged; remove the folder")
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
-            raise StateError(
-                f"state {folder}: made by a search with {name} = {_short(before.get(name))}, this "
-                f"one has {_short(now.get(name))}; name another folder or remove it"
-            )
+    place = _difference(before, now)
+    if place is not None:
+        name, was, wanted = place
+        raise StateError(
+            f"state {folder}: made by a search with {name} = {_short(was)}, this one has "
+            f"{_short(wanted)}; name another folder or remove it"
+        )
+
+
+def _difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first place where two JSON values differ, and both values there."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        pairs = {k: (before.get(k), now.get(k)) for k in sorted({*before, *now})}
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = {str(i): pair for i, pair in enumerate(zip(before, now, strict=True))}
+    else:
+        return None if before == now else (name, before, now)
+    for key, (a, b) in pairs.items():
+        found = _difference(a, b, f"{name}.{key}" if name else key)
+        if found is not None:
+            return found
+    return None
 
 
 def _short(value: Any) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,21 +63,30 @@ def progress_bar(remarks: Console) -> Progress:
 
 
 def prepare(
-    options: PromptOptions, progress: Progress, *, device: torch.device, dtype: torch.dtype
+    options: PromptOptions,
+    progress: Progress,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    keep: Path | None = None,
 ) -> list[Subject]:
     """One model and its inputs, one subject per prompt; all share the model.
 
+    Args:
+        keep: a folder for videos that are made, and used again: encoders do not write the same
+            file twice.
+
     Raises:
-        UserError: a model or video that cannot be read.
+        UserError: a model or video that cannot be read, or a folder that cannot be used.
     """
     options.check()
     count = len(options.videos) or options.samples
     task = progress.add_task("reading videos and model", total=count)
     subjects: list[Subject] = []
     loaded: tuple[Any, Any] | None = None
-    with tempfile.TemporaryDirectory() as folder:
+    with _folder(keep) as folder:
         for i in range(count):
-            source = _Source(options.videos, i, Path(folder) / f"own{i}.mp4")
+            source = _Source(options.videos, i, folder / f"made{i}.mp4")
             if options.model is None:
                 subjects.append(_constructed(options, source, subjects, device, dtype))
             else:
@@ -98,6 +108,19 @@ def prepare(
     return subjects
 
 
+@contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    if keep is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    try:
+        keep.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--resume {keep}: cannot be made ({e.strerror}); name a folder") from e
+    yield keep
+
+
 class _Source:
     """The i-th video: a given file, or one made on demand."""
 
@@ -113,7 +136,7 @@ class _Source:
             "width": pixels.width,
             "height": pixels.height,
         }
-        if self._given is None:
+        if self._given is None and not self._own.is_file():
             video.encode(self._own, **size, first_photo=self._number)
         return video.decode(self._given or self._own, **size)
 

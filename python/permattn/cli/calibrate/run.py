@@ -125,7 +125,9 @@ def _run(options: Options, remarks: Console) -> tuple[SearchResult, dict[str, Pa
     options.prompts.check()
     prepare_folder(options.out)
     with progress_bar(remarks) as progress:
-        subjects = prepare(options.prompts, progress, device=device, dtype=dtype)
+        subjects = prepare(
+            options.prompts, progress, device=device, dtype=dtype, keep=options.resume
+        )
         result = search_prefill(
             subjects[0].model,
             [Sample(s.inputs) for s in subjects],
