@@ -157,6 +157,13 @@ def generate_with(spliced, rows, **options):
         return model.generate(prompts, images, **GREEDY, **options)
 
 
+def test_layout_without_a_video(spliced):
+    """No visual token at all: text, and exact."""
+    model, prompts, images = spliced
+    want = model.generate(prompts, images, **GREEDY)
+    assert_same_generation(generate_with(spliced, [[], []]), want)
+
+
 def test_layout_past_the_prompt(spliced):
     """Known at the first decoding step: a prompt may come in chunks."""
     message = r"rows\[1\] has TokenGrid.*ends at 108, past the 101 tokens of the prompt"

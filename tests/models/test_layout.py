@@ -73,6 +73,15 @@ def test_grid_per_video_repeats_rows_of_beams():
     assert rows == ((TokenGrid(1, 1, 1, 2),),) * 2
 
 
+def test_chunk_of_a_batch_is_uncertain_without_positions():
+    """The first row's second video may not be here yet: the next size is not the second row's."""
+    sizes = {VIDEO: [(1, 2, 4), (1, 4, 2), (1, 2, 4)]}
+    rule = GridPerVideo(merge=2)
+    assert rule.rows(labels(".vv. .vv."), sizes, None) == ((), ())
+    whole = rule.rows(labels(".vv.vv. .vv...."), sizes, None)
+    assert [[grid.width for grid in row] for row in whole] == [[2, 1], [2]]
+
+
 @pytest.mark.parametrize(
     ("text", "want"),
     [

@@ -53,7 +53,11 @@ class GridPerVideo:
     def rows(self, labels: Tensor, grids: Grids, coordinates: Tensor | None) -> Rows:
         """See `FrameRule.rows`."""
         copies = self._copies(labels, grids)
-        if coordinates is not None and not self._is_clear(labels[::copies], grids):
+        is_clear = self._is_clear(labels[::copies], grids)
+        if coordinates is None and not is_clear and labels.shape[0] > copies:
+            # Which row a size belongs to is open: nothing is certain.
+            return ((),) * labels.shape[0]
+        if coordinates is not None and not is_clear:
             return tuple(
                 _sorted(
                     grid
