@@ -154,7 +154,9 @@ def _planners(row: Row) -> str:
     """What every planner lists, what of the true attention that holds, and what it costs."""
     lines = [
         "Recall is the share of the attention mass that a plan keeps. The heads are built, so that",
-        "where the mass lies is known (`bench/heads.py`).",
+        "where the mass lies is known (`bench/heads.py`): single keys, lines and diagonals above",
+        "unit normal noise. That suits no method that scores whole blocks, so the table says what",
+        "each rule does with such heads, not how it does on a model.",
         "",
         "| planner | listed | recall, mean | recall, worst head | plan, ms | plan and attend, ms |",
         "|---|---|---|---|---|---|",

@@ -131,6 +131,19 @@ def test_chunks_do_not_change_a_list(monkeypatch):
     assert torch.equal(whole.to_block_mask(14), rows.to_block_mask(14))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+def test_other_dtypes_and_strided_inputs(dtype: torch.dtype):
+    inputs = draw(2, 4, 2, 90, 130)
+    q, k, v = (x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in inputs)
+    plan = plan_xattention(q, k, stride=4, block=16)
+    plan.check_values()
+    want = visible_pairs(plan, 2, 4) == 1
+    assert want[..., 40:].diagonal(dim1=-2, dim2=-1).all(), "every query sees itself"
+    exact, _ = masked_attention(*(x.double() for x in (q, k, v)), want, 0.25)
+    plain, _ = masked_attention(q, k, v, want, 0.25)
+    assert_within(sparse_attention(q, k, v, plan), plain, exact, str(dtype))
+
+
 def test_never_waits_for_the_device():
     q, k = torch.empty(2, 4, 5000, 64, device="meta"), torch.empty(2, 2, 9001, 64, device="meta")
     plan = plan_xattention(q, k)
