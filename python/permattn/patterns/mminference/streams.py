@@ -49,14 +49,15 @@ class Axis:
         return self.position.shape[-1]
 
     def coordinate(self, position: Tensor) -> Tensor:
-        """How many coordinates lie before a position, within [start, stop]: int64 [Bx, m].
+        """How many coordinates lie before a position, within [start, stop]: int64 [Bx or B, m].
 
         Args:
-            position: int64 [1 or Bx, m] on the host.
+            position: int64 [1 or B, m] on the host.
         """
         if self.order is not None:
-            position = position.expand(self.position.shape[0], -1).contiguous()
-            position = torch.searchsorted(self.position, position)
+            batch = max(self.position.shape[0], position.shape[0])
+            axis = self.position.expand(batch, -1).contiguous()
+            position = torch.searchsorted(axis, position.expand(batch, -1).contiguous())
         return torch.minimum(torch.maximum(position, self.start), self.stop)
 
 
