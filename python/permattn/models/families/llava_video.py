@@ -19,7 +19,7 @@ from permattn.models.splice import NEWLINES, Frames, LlavaSplice, newlines_of
 
 MODEL_TYPES = ("llava_qwen", "llava_mistral")
 
-# The id that LLaVA's tokenizer helper writes for a video; it is no token of the vocabulary.
+# The id that LLaVA's tokenizer code writes for a video; it is no token of the vocabulary.
 PLACEHOLDER = -200
 
 
