@@ -134,6 +134,7 @@ BAD = {
     "layers-missing": (["--density", "0.7", "--layers", "7"], "layers: wants some of 0..1"),
     "candidate": (["--density", "0.7", "--candidate", "fancy"], "fancy"),
     "video": (["--density", "0.7", "--video", "none.mp4"], "no such file"),
+    "constructed": (["--model", "constructed:gpt2"], "constructed are qwen2_5_vl"),
     "device": (["--device", "cuda:99"], "CUDA devices"),
     "backend": (["--backend", "cudnn"], "--backend"),
 }
@@ -192,6 +193,14 @@ def test_a_config_for_another_model(tmp_path, capsys):
     PrefillConfig(num_heads=12).to_json(tmp_path / "c.json")
     argv = ["report", *SMALL, "--config", str(tmp_path / "c.json")]
     assert "num_heads" in refusal(argv, tmp_path, capsys)
+
+
+def test_another_class_can_be_constructed(tmp_path, capsys):
+    argv = [*SEARCH, "--model", "constructed:qwen2_vl", "--layers", "0", "--out", str(tmp_path)]
+    assert cli.main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model_class"] == "Qwen2VLForConditionalGeneration"
+    made_on = PrefillConfig.from_json(tmp_path / "config.json").base_model
+    assert "constructed weights" in made_on
 
 
 def test_made_videos_differ_and_share_the_model():

@@ -62,15 +62,47 @@ def check_affordable(records: Sequence[Record]) -> None:
     )
 
 
-def choose_whole(records: Sequence[Record], head: int, times: Mapping[str, float]) -> Choice:
-    """The best pattern without boundaries.
+def choose_layer(
+    records: Sequence[Record], num_heads: int, times: Mapping[str, float], *, pooled: bool
+) -> list[Choice]:
+    """The best pattern of every head of a layer, without boundaries.
 
     Args:
-        records: of one layer, one per sample.
-        times: milliseconds per head by trial, from the layers that were timed.
+        pooled: heads that err most may spend what the others leave: then the budget holds for the
+            layer, whose heads run in one launch, and not for each head.
     """
-    name = _best(records, "none/", head, None, times)
-    return _choice(records, name, head, times)
+    names = [_best(records, "none/", h, None, times) for h in range(num_heads)]
+    if pooled:
+        names = _spend_the_rest(records, names)
+    return [_choice(records, name, h, times) for h, name in enumerate(names)]
+
+
+def _spend_the_rest(records: Sequence[Record], names: list[str]) -> list[str]:
+    """Upgrades heads, most error per pair first, while their layer stays within its budget."""
+    first, names = records[0], list(names)
+    trials = [n for n in first["trials"] if n.startswith("none/")]
+
+    def cost(name: str, head: int) -> float:
+        return trial_of(first, name)["pairs"][head]
+
+    def error(name: str, head: int) -> float:
+        return error_of(records, name, head)
+
+    rest = len(names) * first["budget"] * (1 + first["tolerance"])
+    rest -= sum(cost(n, h) for h, n in enumerate(names))
+    while True:
+        options = []
+        for h, now in enumerate(names):
+            for name in trials:
+                gain = error(now, h) * (1 - NEAR) - error(name, h)
+                more = cost(name, h) - cost(now, h)
+                if gain > 0.0 and 0.0 < more <= rest:
+                    options.append((gain / more, h, name, more))
+        if not options:
+            return names
+        _, h, name, more = max(options)
+        names[h] = name
+        rest -= more
 
 
 def choose_own(

@@ -16,9 +16,9 @@ from permattn.calibrate.choose import (
     alone,
     check_affordable,
     choose_boundary,
+    choose_layer,
     choose_own,
     choose_shared,
-    choose_whole,
     mean_times,
     measured,
     own_patterns,
@@ -67,6 +67,8 @@ class SearchOptions:
         layers: those to search; None = all. Others run the pattern that won most often.
         boundaries: whether to look for patterns per modality and per pair of modalities.
         rounds: of timing; 0 = cost is counted in pairs alone.
+        pooled: whether heads share the budget of their layer (see `choose_layer`), or each has its
+            own, as in the paper.
         max_error: heads whose best pattern errs by more than this stay dense; None = none do.
         backend: see `permattn.sparse_attention`.
     """
@@ -76,6 +78,7 @@ class SearchOptions:
     layers: tuple[int, ...] | None = None
     boundaries: bool = True
     rounds: int = 3
+    pooled: bool = True
     max_error: float | None = None
     backend: str = "auto"
 
@@ -91,8 +94,9 @@ def search_prefill(
     """Finds the prefill pattern of every head: least output error at one budget, then least time.
 
     Source: MMInference (arXiv 2504.16083), Algorithm 4; MInference (2407.02490), Algorithm 1.
-    Deviations: the error is a mean over samples; the budget is met head by head in pairs that the
-    kernel really computes; kernel time breaks near ties; recall is measured beside.
+    Deviations: the error is a mean over samples; sizes are fitted head by head, to pairs that the
+    kernel really computes; heads may share the budget of their layer; kernel time breaks near ties;
+    recall is measured beside.
 
     Layer after layer is searched inside one forward pass per sample and stage. Every layer gets the
     exact output of those before it, and nothing of size tokens x tokens is made.
@@ -141,7 +145,7 @@ class _Search:
         times = mean_times([r for records in heads.values() for r in records])
         modalities = tuple(heads[self._layers[0]][0]["modalities"])
         choices = {
-            n: [choose_whole(records, h, times) for h in range(self._facts["num_heads"])]
+            n: choose_layer(records, self._facts["num_heads"], times, pooled=self._options.pooled)
             for n, records in heads.items()
         }
         if len(modalities) > 1:

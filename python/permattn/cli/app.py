@@ -223,6 +223,9 @@ def mminference(
         bool, typer.Option(help="Search patterns per modality and per pair of modalities.")
     ] = True,
     rounds: Annotated[int, typer.Option(min=0, help="Timed rounds; 0 = do not time.")] = 3,
+    pooled: Annotated[
+        bool, typer.Option(help="Heads share the budget of their layer, or each has its own.")
+    ] = True,
     max_error: Annotated[
         float | None, typer.Option(min=0.0, help="Heads that err by more stay dense.")
     ] = None,
@@ -254,6 +257,7 @@ def mminference(
         candidates=tuple(candidate or ()),
         boundaries=boundaries,
         rounds=rounds,
+        pooled=pooled,
         max_error=max_error,
         resume=resume,
         device=device,

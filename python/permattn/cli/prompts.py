@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from permattn.cli.demo import video
-from permattn.cli.demo.constructed import Grid, Sizes
+from permattn.cli.demo.constructed import MODEL_TYPES, Grid, Sizes
 from permattn.cli.demo.subject import Subject, choose_grid, constructed_subject, patches_of
 from permattn.cli.errors import UserError
 
@@ -27,7 +27,7 @@ class PromptOptions:
     """What to run on.
 
     Args:
-        model: a checkpoint; None = the demo's model with constructed weights.
+        model: a checkpoint, or "constructed:<model type>"; None = the demo's constructed model.
         videos: one prompt each; none = `samples` videos made from photographs.
         tokens: at least that many visual tokens per prompt.
         frames: video frames to read; None = from `tokens`.
@@ -39,8 +39,21 @@ class PromptOptions:
     tokens: int
     frames: int | None
 
+    @property
+    def constructed(self) -> str | None:
+        """The model type to construct; None = a checkpoint."""
+        if self.model is None:
+            return next(iter(MODEL_TYPES))
+        prefix, colon, name = self.model.partition(":")
+        return name if prefix == "constructed" and colon else None
+
     def check(self) -> None:
         """Raises UserError for files that are not there, and samples that no video is for."""
+        if self.constructed is not None and self.constructed not in MODEL_TYPES:
+            raise UserError(
+                f"--model {self.model}: constructed are {', '.join(MODEL_TYPES)}, got "
+                f"{self.constructed!r}"
+            )
         for path in self.videos:
             if not path.is_file():
                 raise UserError(f"--video {path}: no such file; give the path of a video")
@@ -87,7 +100,7 @@ def prepare(
     with _folder(keep) as folder:
         for i in range(count):
             source = _Source(options.videos, i, folder / f"made{i}.mp4")
-            if options.model is None:
+            if options.model is None or options.constructed:
                 subjects.append(_constructed(options, source, subjects, device, dtype))
             else:
                 from permattn.cli.demo import checkpoint
@@ -158,7 +171,11 @@ def _constructed(
     side = 2 * SIZES.patch
     clip = source.read(Grid(grid.frames, grid.height * side, grid.width * side))
     if not before:
-        return constructed_subject(clip, grid, device=device, dtype=dtype, sizes=SIZES)
+        name = options.constructed
+        assert name is not None
+        return constructed_subject(
+            clip, grid, device=device, dtype=dtype, sizes=SIZES, model_type=name
+        )
     pixels, _ = patches_of(clip.frames, SIZES.patch)
     inputs = before[0].inputs | {"pixel_values_videos": pixels.to(device, dtype)}
     return replace(before[0], inputs=inputs)

@@ -49,6 +49,7 @@ class Options:
     candidates: tuple[str, ...]
     boundaries: bool
     rounds: int
+    pooled: bool
     max_error: float | None
     resume: Path | None
     device: str
@@ -90,6 +91,7 @@ def search_options(options: Options) -> SearchOptions:
         layers=parse_layers(options.layers),
         boundaries=options.boundaries,
         rounds=options.rounds,
+        pooled=options.pooled,
         max_error=options.max_error,
         backend=options.backend,
     )
@@ -184,10 +186,10 @@ def _made_on(
     options: Options, result: SearchResult, subjects: list[Subject], dtype: torch.dtype
 ) -> str:
     """What a config says about its origin."""
-    if options.prompts.model is None:
+    if options.prompts.constructed is not None:
         model = f"{result.facts['model_class']}, constructed weights, not a released checkpoint"
     else:
-        model = options.prompts.model
+        model = str(options.prompts.model)
     videos = "given" if options.prompts.videos else "made from photographs"
     tokens = result.facts["samples"][0]["tokens"]
     return (

@@ -44,11 +44,16 @@ def print_heads(console: Console, result: SearchResult, *, title: str) -> None:
             highlight=False,
         )
     budget = result.facts.get("budget_density")
-    over = sum(budget is not None and 1.06 * budget < c.density for c in everything)
+    over = [
+        n
+        for n, row in result.layers.items()
+        if budget and mean(c.density for c in row) > 1.06 * budget
+    ]
     if over:
         console.print(
-            f"[yellow]{over} heads stay over the budget: nothing cheaper was found (kernels "
-            "compute blocks of 64 keys, which is coarse for short prompts)[/]",
+            f"[yellow]Layers over the budget, where nothing cheaper was found: "
+            f"{', '.join(map(str, over))} (kernels compute blocks of 64 keys, which is coarse for "
+            "short prompts; --max-error makes heads dense)[/]",
             highlight=False,
         )
     times = result.facts.get("ms_per_head", {})

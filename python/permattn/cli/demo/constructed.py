@@ -1,4 +1,4 @@
-"""The default model: the real Qwen2.5-VL class with weights that are built, not trained.
+"""The default model: the real Qwen2.5-VL (or Qwen2-VL) class, weights built and not trained.
 
 Its heads show what heads of trained vision-language models show: see `circuits`. All other weights
 are small and random, so part of every head's mass is spread, and hidden states depend on what
@@ -36,6 +36,11 @@ from permattn.cli.demo.circuits import (
 
 THETA = 1e4
 MAX_POSITIONS = 1 << 20
+# Classes that can be constructed; the first is the demo's.
+MODEL_TYPES = {
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +48,7 @@ class Constructed:
     """A model, and the prompt it is built for.
 
     Args:
-        model: `Qwen2_5_VLForConditionalGeneration` in eval mode.
+        model: of a class in `MODEL_TYPES`, in eval mode.
         input_ids: [1, S].
         kinds: names of the heads' kinds, per layer and head.
     """
@@ -61,6 +66,7 @@ def build(
     sizes: Sizes = Sizes(),
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    model_type: str = "qwen2_5_vl",
 ) -> Constructed:
     """Builds the model and its prompt.
 
@@ -68,14 +74,16 @@ def build(
         grid: the video that the prompt will hold.
         sample, sample_thw: patches and sizes of a few frames: the merger's last layer is scaled so
             that visual embeddings have mean 0 and variance 1, as text embeddings do.
+        model_type: one of `MODEL_TYPES`: the same decoder below another vision tower.
     """
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    import transformers
 
-    config = _config(sizes)
+    config = _config(sizes, model_type)
+    model_class = getattr(transformers, MODEL_TYPES[model_type])
     random_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
-        model: Any = Qwen2_5_VLForConditionalGeneration._from_config(
+        model: Any = model_class._from_config(
             config, dtype=dtype, attn_implementation="sdpa"
         ).eval()
         with torch.no_grad():
@@ -87,8 +95,8 @@ def build(
     return Constructed(model, ids, kinds)
 
 
-def _config(sizes: Sizes) -> Any:
-    from transformers import Qwen2_5_VLConfig
+def _config(sizes: Sizes, model_type: str) -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 
     # longrope states one factor per pair, which lets the config choose every frequency.
     plain = THETA ** -(torch.arange(PAIRS, dtype=torch.double) / PAIRS)
@@ -116,18 +124,24 @@ def _config(sizes: Sizes) -> Any:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    vision = {
+    vision: dict[str, Any] = {
         "depth": sizes.vision_depth,
-        "hidden_size": sizes.vision_hidden,
-        "intermediate_size": 2 * sizes.vision_hidden,
         "num_heads": max(2, sizes.vision_hidden // 64),
         "patch_size": sizes.patch,
-        "window_size": 16 * sizes.patch,
-        "fullatt_block_indexes": [sizes.vision_depth - 1],
-        "out_hidden_size": sizes.hidden,
-        "tokens_per_second": 1,
     }
-    return Qwen2_5_VLConfig(
+    if model_type == "qwen2_vl":
+        vision |= {"embed_dim": sizes.vision_hidden, "hidden_size": sizes.hidden, "mlp_ratio": 2}
+    else:
+        vision |= {
+            "hidden_size": sizes.vision_hidden,
+            "intermediate_size": 2 * sizes.vision_hidden,
+            "window_size": 16 * sizes.patch,
+            "fullatt_block_indexes": [sizes.vision_depth - 1],
+            "out_hidden_size": sizes.hidden,
+            "tokens_per_second": 1,
+        }
+    make = Qwen2VLConfig if model_type == "qwen2_vl" else Qwen2_5_VLConfig
+    return make(
         text_config=text,
         vision_config=vision,
         image_token_id=3,

@@ -93,11 +93,18 @@ def constructed_subject(
     device: torch.device,
     dtype: torch.dtype,
     sizes: Sizes = Sizes(),
+    model_type: str = "qwen2_5_vl",
 ) -> Subject:
-    """The default model on a clip of `2 * grid.frames` frames."""
+    """The default model (or another class, see `build`) on a clip of `2 * grid.frames` frames."""
     pixels, thw = patches_of(clip.frames, sizes.patch)
     few = np.linspace(0, len(clip.frames) - 1, 8).astype(int)
-    made = build(grid, *patches_of(clip.frames[few], sizes.patch), sizes=sizes, dtype=dtype)
+    made = build(
+        grid,
+        *patches_of(clip.frames[few], sizes.patch),
+        sizes=sizes,
+        dtype=dtype,
+        model_type=model_type,
+    )
     ids = made.input_ids
     is_video: Tensor = torch.eq(ids, made.model.config.video_token_id)
     inputs = {
@@ -106,8 +113,9 @@ def constructed_subject(
         "mm_token_type_ids": 2 * is_video.int(),
         "pixel_values_videos": pixels.to(dtype),
         "video_grid_thw": thw,
-        "second_per_grid_ts": torch.tensor([1.0]),
     }
+    if model_type == "qwen2_5_vl":
+        inputs["second_per_grid_ts"] = torch.tensor([1.0])
     sheet: list[SheetHead] = []
     for kind in _SHEET_KINDS:
         where = (
@@ -120,7 +128,7 @@ def constructed_subject(
     return Subject(
         made.model.to(device),
         {name: x.to(device) for name, x in inputs.items()},
-        "Qwen2_5_VLForConditionalGeneration, constructed weights",
+        f"{type(made.model).__name__}, constructed weights",
         int(is_video.sum()),
         tuple(sheet),
         CONSTRUCTED_NOTE,
