@@ -167,9 +167,12 @@ def probe_total_kernel(
     b_q = _load_queries(p_q, o_m, m_row, q_strides[2], D, BLOCK_D)
     b_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    for i_block in tl.range(0, SPLIT, BLOCK_N):
+    i_end = tl.minimum((i_split + 1) * SPLIT, num_coordinates)
+    if not HAS_ORDER:
+        i_end = tl.minimum(i_end, i_position + num_rows)
+    for i_first in tl.range(i_split * SPLIT, i_end, BLOCK_N):
         _, b_key, m_key = _load_keys(
-            i_split * SPLIT + i_block,
+            i_first,
             p_order,
             p_range,
             i_b,
@@ -319,9 +322,11 @@ def probe_mass_kernel(
     o_out = i_head * num_coordinates
     i_last = tl.load(p_coordinate + i_b) + BLOCK_M - 1
     b_carry = tl.zeros([BLOCK_N], tl.float32)
-    for i_block in tl.range(0, SPLIT, BLOCK_N):
+    # One block past the last coordinate takes what the diagonals still carry.
+    i_end = tl.minimum((i_split + 1) * SPLIT, num_coordinates + BLOCK_N)
+    for i_first in tl.range(i_split * SPLIT, i_end, BLOCK_N):
         o_n, b_key, m_key = _load_keys(
-            i_split * SPLIT + i_block,
+            i_first,
             p_order,
             p_range,
             i_b,

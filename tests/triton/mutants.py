@@ -167,6 +167,25 @@ MUTANTS = (
     Mutant(
         "dkdv-wrong-lists", "bwd_dkdv.py", "i_first // BLOCK_KV, capacity", "0 * i_first, capacity"
     ),
+    Mutant("probe-own-key-hidden", "probe.py", "b_key[None, :] <= b_pos", "b_key[None, :] < b_pos"),
+    Mutant("probe-carry-dropped", "probe.py", "        b_carry = b_high\n", "", True),
+    Mutant("probe-edge-dropped", "probe.py", "other=0.0) + b_edge", "other=0.0)", True),
+    Mutant("probe-edge-off-by-one", "probe.py", "SPLIT + o_n)", "SPLIT + o_n + 1)"),
+    Mutant("probe-turned-too-far", "probe.py", "(BLOCK_N + 1 - BLOCK_M)", "(BLOCK_N - BLOCK_M)"),
+    Mutant("probe-no-rescale", "probe.py", "b_sum * tl.math.exp2(b_top - b_safe) +", "b_sum +"),
+    Mutant(
+        "probe-splits-not-rescaled", "probe.py", "b_sums * tl.math.exp2(b_tops", "b_sums * (b_tops"
+    ),
+    Mutant("probe-lse-in-base-2", "probe.py", "b_sum))) * LN2", "b_sum)))"),
+    Mutant(
+        "probe-dead-row-is-nan", "probe.py", 'tl.where(b_lse == float("-inf"), float("inf"), ', "("
+    ),
+    Mutant("probe-one-order", "probe.py", "(i_b * order_rows)", "(i_b * 0)"),
+    Mutant("probe-ignores-skip", "probe.py", "b_skip == 0", "b_skip >= 0"),
+    Mutant("probe-divides-by-its-rows", "probe.py", "1.0 / num_all_rows", "1.0 / num_rows"),
+    Mutant(
+        "probe-key-tail-unmasked", "probe.py", "m_key = o_n < num_coordinates", "m_key = o_n >= 0"
+    ),
 )
 
 
@@ -179,12 +198,13 @@ def run_cases(kernels: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[NAME] = module
     spec.loader.exec_module(module)
-    cases, promises = (str(HERE / "interp_cases" / f"test_{x}.py") for x in ("kernels", "promises"))
+    suites = ("kernels", "promises", "probe")
+    cases, promises, probe = (str(HERE / "interp_cases" / f"test_{x}.py") for x in suites)
     first = [f"{cases}::test_forward_and_gradients_are_within_the_bound[{x}]" for x in FIRST]
     options = ["-x", "-q", "--tb=no", "--no-header", "-p", "no:cacheprovider", "-p", "no:warnings"]
     with open(kernels / "log.txt", "w") as log:
         os.dup2(log.fileno(), 1)
-        status = pytest.main([*options, *first]) or pytest.main([*options, promises, cases])
+        status = pytest.main([*options, *first]) or pytest.main([*options, probe, promises, cases])
         sys.stdout.flush()
     os._exit(int(status))
 
@@ -222,6 +242,7 @@ def main() -> int:
     sys.path.insert(0, str(HERE))
     import interpreter  # noqa: F401
     import kernel_cases  # noqa: F401
+    import probe_cases  # noqa: F401
 
     chosen: list[Mutant | None] = [m for m in MUTANTS if m.fast or not args.fast]
     if not args.fast:
