@@ -48,7 +48,7 @@ HEADS = {
         HeadPattern("block_sparse", sink=0, local=1, blocks=2),
         HeadPattern("block_sparse", sink=5, local=70, blocks=3),
         HeadPattern("block_sparse", sink=70, local=16, blocks=100, coverage=0.6),
-        HeadPattern("block_sparse", local=10, blocks=0),
+        HeadPattern("grid", sink=3, local=70),
     ],
     "q-boundary": [
         HeadPattern("vertical_slash", sink=4, local=9, vertical=20, slash=3, boundary="q"),

@@ -248,7 +248,7 @@ class _Maker:
         last = axis.coordinate(blocks.last - local + 1)
         full = axis.coordinate(blocks.first - local + 1) // BLOCK
         stop = torch.where(mine[:, None], (-(-last // BLOCK)).to(device)[:, None], 0)
-        budget = stream.each("blocks")[:, 0]
+        budget = (stream.each("blocks") * stream.flag("seeks_blocks"))[:, 0]
         shares = [1.0 if h.coverage is None else h.coverage for h in stream.heads]
         chosen = strongest_blocks(
             pooled_blocks(q, BLOCK, q_token),
