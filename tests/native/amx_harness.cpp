@@ -1,4 +1,4 @@
-// The forward with emulated tiles behind a C function, for ctypes. One thread, no torch.
+// Forward and probe with emulated tiles behind C functions, for ctypes. One thread, no torch.
 #define PERMATTN_TILE_HEADER "../../../tests/native/tile_emulation.h"
 #include "../../csrc/cpu/isa/amx_bf16.cpp"
 
@@ -64,6 +64,34 @@ extern "C" int amx_forward(const void* q, const void* k, const void* v, void* ou
   p.lse = lse;
   tile_emulation::state = {};
   cpu::forward(p, Isa::kAmxBf16, {1, run_in_order});
+  const bool restored = tile_emulation::state.config[0] == 0;
+  return tile_emulation::state.errors == 0 && restored ? tile_emulation::state.products : -1;
+}
+
+// sizes: B, Hq, Hkv, R, Skv, D; q and k bf16, everything contiguous; coordinates are positions.
+extern "C" int amx_probe(const void* q, const void* k, const int32_t* first_position,
+                         const int32_t* key_range, float* lse, float* column, float* square,
+                         float* diagonal, const int64_t* sizes) {
+  using namespace permattn;
+  const int64_t d = sizes[5];
+  ProbeParams p{};
+  p.dtype = Dtype::kBFloat16;
+  p.batch = sizes[0];
+  p.q_heads = sizes[1];
+  p.kv_heads = sizes[2];
+  p.rows = sizes[3];
+  p.skv = p.size = sizes[4];
+  p.head_dim = static_cast<int32_t>(d);
+  p.q = {const_cast<void*>(q), sizes[1] * sizes[3] * d, sizes[3] * d, d};
+  p.k = {const_cast<void*>(k), sizes[2] * sizes[4] * d, sizes[4] * d, d};
+  p.first_position = p.first_coordinate = first_position;
+  p.key_range = key_range;
+  p.lse = lse;
+  p.column = column;
+  p.square = square;
+  p.diagonal = diagonal;
+  tile_emulation::state = {};
+  cpu::probe(p, Isa::kAmxBf16, {1, run_in_order});
   const bool restored = tile_emulation::state.config[0] == 0;
   return tile_emulation::state.errors == 0 && restored ? tile_emulation::state.products : -1;
 }

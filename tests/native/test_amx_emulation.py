@@ -1,8 +1,10 @@
 """The AMX kernel's own source, run with tile intrinsics written in plain C++."""
 
 import ctypes
+import importlib
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,11 @@ from permattn import TokenBand, testing
 from permattn.backends import cpu
 from permattn.core.packing import pack_plan
 from permattn.patterns.dense import plan_dense
+from permattn.probe import ProbeMass
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "triton"))
+cases = importlib.import_module("probe_cases")
 COMPILER = next((c for c in ("g++", "clang++") if shutil.which(c)), None)
 
 pytestmark = [
@@ -24,14 +29,17 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def amx_forward(tmp_path_factory):
+def amx(tmp_path_factory):
     library = tmp_path_factory.mktemp("amx") / "amx.so"
     flags = (ROOT / "csrc" / "compile_flags.txt").read_text().replace("-O3", "-O2").split()
-    sources = [ROOT / "tests/native/amx_harness.cpp", ROOT / "csrc/cpu/forward.cpp"]
+    sources = [
+        ROOT / "tests/native/amx_harness.cpp",
+        *(ROOT / "csrc/cpu" / f"{x}.cpp" for x in ("forward", "probe")),
+    ]
     flags.append("-fvisibility=default")
     command = [COMPILER, *flags, "-shared", *map(str, sources), "-o", str(library)]
     subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library)).amx_forward
+    return ctypes.CDLL(str(library))
 
 
 def run(function, q, k, v, plan, scale):
@@ -63,7 +71,7 @@ PLANS = {
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (40, 24), (1, 1), (128, 256), (33, 80)])
-def test_emulated_tiles_match_float64(amx_forward, plan, dim, dim_v):
+def test_emulated_tiles_match_float64(amx, plan, dim, dim_v):
     plan = PLANS[plan]()
     g = torch.Generator().manual_seed(0)
     sq, skv, scale = plan.num_q_tokens, plan.num_kv_tokens, dim**-0.5
@@ -72,8 +80,24 @@ def test_emulated_tiles_match_float64(amx_forward, plan, dim, dim_v):
         for h, s, w in ((4, sq, dim), (2, skv, dim), (2, skv, dim_v))
     )
     visible = testing.visible_pairs(plan, 1, 4) > 0
-    ours = run(amx_forward, q, k, v, plan, scale)
+    ours = run(amx.amx_forward, q, k, v, plan, scale)
     exact = testing.masked_attention(q.double(), k.double(), v.double(), visible, scale)
     plain = testing.masked_attention(q, k, v, visible, scale)
     for name, a, p, e in zip(("out", "lse"), ours, plain, exact, strict=True):
         testing.assert_within(a, p, e, name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim"), [(64, 64), (17, 40), (1, 16), (100, 128)], ids=lambda x: str(x)
+)
+def test_emulated_tiles_probe_like_float64(amx, rows, dim):
+    case = cases.Case("amx", 210, rows, heads=4, kv_heads=2, dim=dim, dtype=torch.bfloat16)
+    found = case.inputs()
+    results = [torch.full((1, 4, rows), float("nan"))]
+    results += [torch.full((1, 4, 210), float("nan")) for _ in range(2)]
+    results.append(torch.zeros(1, 4, 210))
+    sizes = torch.tensor([1, 4, 2, rows, 210, dim])
+    names = ("q", "k", "first_position", "key_range")
+    tensors = [*(found[x] for x in names), *results, sizes]
+    assert amx.amx_probe(*(ctypes.c_void_p(x.data_ptr()) for x in tensors)) > 0
+    cases.assert_probe(ProbeMass(*results), found, "amx")

@@ -1,6 +1,6 @@
 // The kernels without torch or Python: every instruction set of this machine, in float32, against
-// sums in double. One causal part with ragged lengths. Prints what it checked; exit code 1 on
-// failure.
+// sums in double. One causal part with ragged lengths, and one probe. Prints what it checked; exit
+// code 1 on failure.
 #include "../../csrc/common/token_rule.h"
 #include "../../csrc/cpu/cpu.h"
 
@@ -86,6 +86,67 @@ double worst_error(Isa isa) {
   return worst;
 }
 
+// A probe of 5 rows over a permuted half of the keys, two coordinates without a key.
+double worst_probe_error(Isa isa) {
+  constexpr int64_t kRows = 5, kSize = kKeys / 2;
+  const std::vector<float> q = numbers(kRows * kDim, 4), k = numbers(kKeys * kDim, 5);
+  std::vector<int32_t> order(kSize);
+  for (int64_t c = 0; c < kSize; ++c) order[c] = static_cast<int32_t>(2 * c + c % 2);
+  order[3] = order[kSize - 2] = -1;
+  const int32_t first_position = kKeys - 8, first_coordinate = kSize - 4;
+  const int32_t key_range[2] = {2, kKeys - 1};
+  std::vector<uint8_t> skip(kSize);
+  for (int64_t c = 0; c < kSize; c += 6) skip[c] = 1;
+  std::vector<float> lse(kRows, NAN), column(kSize, NAN), square(kSize, NAN), diagonal(kSize);
+  ProbeParams p{};
+  p.dtype = Dtype::kFloat32;
+  p.batch = p.q_heads = p.kv_heads = 1;
+  p.rows = kRows;
+  p.skv = kKeys;
+  p.size = kSize;
+  p.head_dim = kDim;
+  p.q = {const_cast<float*>(q.data()), 0, 0, kDim};
+  p.k = {const_cast<float*>(k.data()), 0, 0, kDim};
+  p.first_position = &first_position;
+  p.first_coordinate = &first_coordinate;
+  p.key_range = key_range;
+  p.order = order.data();
+  p.skip = skip.data();
+  p.lse = lse.data();
+  p.column = column.data();
+  p.square = square.data();
+  p.diagonal = diagonal.data();
+  cpu::probe(p, isa, {2, run_on_threads});
+  std::vector<double> want_column(kSize), want_square(kSize), want_diagonal(kSize);
+  double worst = 0.0;
+  for (int64_t r = 0; r < kRows; ++r) {
+    std::vector<double> weight(kSize, 0.0);
+    double total = 0.0;
+    for (int64_t c = 0; c < kSize; ++c) {
+      const int32_t key = order[c];
+      if (key < key_range[0] || key >= key_range[1] || key > first_position + r) continue;
+      double score = 0.0;
+      for (int64_t d = 0; d < kDim; ++d) score += double{q[r * kDim + d]} * k[key * kDim + d];
+      total += weight[c] = std::exp(score);
+    }
+    worst = std::fmax(worst, std::fabs(lse[r] - std::log(total)));
+    for (int64_t c = 0; c < kSize; ++c) {
+      const double probability = weight[c] / total;
+      want_column[c] += probability / kRows;
+      want_square[c] += probability * probability / kRows;
+      const int64_t lag = first_coordinate + r - c;
+      if (lag >= 0 && lag < kSize && skip[c] == 0) want_diagonal[lag] += probability / kRows;
+    }
+  }
+  for (int64_t c = 0; c < kSize; ++c) {
+    for (const double error :
+         {column[c] - want_column[c], square[c] - want_square[c], diagonal[c] - want_diagonal[c]}) {
+      worst = std::fabs(error) <= worst ? worst : std::fabs(error);  // NaN wins
+    }
+  }
+  return worst;
+}
+
 }  // namespace
 
 int main() {
@@ -93,7 +154,7 @@ int main() {
   for (int32_t i = 0; i < kNumIsas; ++i) {
     const auto isa = static_cast<Isa>(i);
     if (!cpu::isa_is_available(isa)) continue;
-    const double error = worst_error(isa);
+    const double error = std::fmax(worst_error(isa), worst_probe_error(isa));
     std::printf("%-12s error %.1e\n", isa_name(isa), error);
     good = good && error < 4e-6;
   }
