@@ -131,7 +131,7 @@ BAD = {
     "budget-over-length": (["--budget", "1024+4096"], "holds all of the"),
     "density": (["--density", "1.5"], "density in"),
     "layers-text": (["--layers", "a-b"], "--layers"),
-    "layers-missing": (["--density", "0.7", "--layers", "7"], "layers: wants some of 0..1"),
+    "layers-missing": (["--density", "0.7", "--layers", "7"], "layers: wants some of 0, 1"),
     "candidate": (["--density", "0.7", "--candidate", "fancy"], "fancy"),
     "video": (["--density", "0.7", "--video", "none.mp4"], "no such file"),
     "constructed": (["--model", "constructed:gpt2"], "constructed are qwen2_5_vl"),

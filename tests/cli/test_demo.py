@@ -129,7 +129,7 @@ def test_ctrl_c_leaves_no_files(moment, monkeypatch, tmp_path, capsys):
     place = {
         "encode": (video, "_crop"),
         "measure": (run.Meter, "run"),
-        "draw": (run.picture, "_draw_head"),
+        "draw": (run.picture, "draw_head"),
     }[moment]
     monkeypatch.setattr(*place, interrupt)
     assert cli.main(["demo", "--tokens", "300", "--rounds", "1", "--out", str(tmp_path)]) == 130

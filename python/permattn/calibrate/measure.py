@@ -40,15 +40,13 @@ def measure_prefill(
         ValueError: a config for another model, no visual tokens, or attention no plan can run.
     """
     facts = model_facts(model)
-    config.check_model(
-        **{n: facts[n] for n in ("model_type", "num_layers", "num_heads", "num_kv_heads")}
-    )
-    wanted = range(facts["num_layers"]) if layers is None else layers
+    config.check_model(**facts.sizes)
+    wanted = facts.check_layers(layers)
     found: dict[int, list[Choice]] = {}
     lengths: list[dict[str, object]] = []
 
     def measure(number: int, layer: LayerInput, exact: Exact) -> None:
-        heads = config.heads_of(number, facts["num_heads"])
+        heads = config.heads_of(number, facts.num_heads)
         found[number] = _choices(layer, exact, heads)
         if not lengths:
             rows = {name: int(mask.sum()) for name, mask in exact.rows.items()}
@@ -56,7 +54,7 @@ def measure_prefill(
         on_layer(number)
 
     run_pass(model, sample, wanted, measure, what="sample", backend=backend)
-    return SearchResult.of(found, {**facts, "samples": lengths, "backend": backend})
+    return SearchResult.of(found, {**facts.to_json(), "samples": lengths, "backend": backend})
 
 
 def capture_layers(

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,11 @@ def run_pass(
                 f"{what}: {type(module).__name__} sees no visual tokens in this prompt; give one "
                 "with a video or images"
             )
+        if q.shape[1] != handle.sizes["num_heads"]:
+            raise ValueError(
+                f"{what}: layer {number} holds {q.shape[1]} of {handle.sizes['num_heads']} heads; "
+                "use a model that is not split (tensor parallel)"
+            )
         layer = LayerInput(
             *(q, k, v, layout.rows, layout.left_pad, layout.right_pad, scale, backend)
         )
@@ -101,21 +106,58 @@ def run_pass(
         raise ValueError(f"{what}: layers {sorted(missing)} cannot be sparse ({reasons})")
 
 
-def model_facts(model: nn.Module) -> dict[str, Any]:
-    """What a config says about the model it was made for, and a fingerprint of its weights."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "get_decoder"):
-        raise TypeError(f"model: wants a transformers PreTrainedModel, got {type(model).__name__}")
-    text = cast("Any", model).get_decoder().config
-    return {
-        "model_class": type(model).__name__,
-        "model_type": config.model_type,
-        "num_layers": text.num_hidden_layers,
-        "num_heads": text.num_attention_heads,
-        "num_kv_heads": getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "weights": _fingerprint(p.detach().flatten()[:16] for p in model.parameters()),
-    }
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is searched.
+
+    Args:
+        sizes: see `permattn.models.Handle.sizes`.
+        layers: numbers of the layers with softmax attention.
+        model_class, dtype, weights: names, and a fingerprint.
+    """
+
+    sizes: dict[str, Any]
+    layers: tuple[int, ...]
+    model_class: str
+    dtype: str
+    weights: str
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.sizes["num_heads"])
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("model_class", "dtype", "weights")
+        return {**self.sizes, **{name: getattr(self, name) for name in names}}
+
+    def check_layers(self, wanted: Sequence[int] | None) -> tuple[int, ...]:
+        """Layers in order; None = all. Raises ValueError for layers that are not there."""
+        if wanted is None:
+            return self.layers
+        bad = sorted(set(wanted) - set(self.layers))
+        if bad or not wanted:
+            known = ", ".join(map(str, self.layers))
+            raise ValueError(f"layers: wants some of {known}, got {list(wanted)}")
+        return tuple(sorted(set(wanted)))
+
+
+def model_facts(model: nn.Module) -> ModelFacts:
+    """Looks a model over.
+
+    Raises:
+        TypeError, ValueError: what `permattn.patch` says of it.
+    """
+    from permattn.models import PrefillConfig, patch
+
+    with patch(model, PrefillConfig(default=HeadPattern("dense"))) as handle:
+        sizes, layers = handle.sizes, handle.attention_layers
+    return ModelFacts(
+        sizes,
+        layers,
+        type(model).__name__,
+        str(next(model.parameters()).dtype).removeprefix("torch."),
+        _fingerprint(p.detach().flatten()[:16] for p in model.parameters()),
+    )
 
 
 def sample_facts(sample: Sample) -> dict[str, Any]:

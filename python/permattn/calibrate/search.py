@@ -134,7 +134,7 @@ class _Search:
         self._options = options
         self._on_progress = on_progress
         self._facts = model_facts(model)
-        self._layers = _checked_layers(options.layers, self._facts["num_layers"])
+        self._layers = self._facts.check_layers(options.layers)
         # Cost grows with nothing but the layer's data; two layers tell.
         self._timed = {self._layers[0], self._layers[len(self._layers) // 2]}
         self._state = State(folder, self._arguments())
@@ -145,12 +145,12 @@ class _Search:
         times = mean_times([r for records in heads.values() for r in records])
         modalities = tuple(heads[self._layers[0]][0]["modalities"])
         choices = {
-            n: choose_layer(records, self._facts["num_heads"], times, pooled=self._options.pooled)
+            n: choose_layer(records, self._facts.num_heads, times, pooled=self._options.pooled)
             for n, records in heads.items()
         }
         if len(modalities) > 1:
             choices = self._across_boundaries(choices, heads, modalities, times)
-        facts = self._facts | {
+        facts = self._facts.to_json() | {
             "samples": [{"tokens": r["tokens"], "rows": r["rows"]} for r in heads[self._layers[0]]],
             "modalities": list(modalities),
             "budget": asdict(self._options.budget),
@@ -261,7 +261,7 @@ class _Search:
         options = self._options
         return {
             "permattn": __version__,
-            "model": self._facts,
+            "model": self._facts.to_json(),
             "samples": [sample_facts(s) for s in self._samples],
             "candidates": {c.name: _candidate(c) for c in options.space.candidates},
             "cross": {c.name: _candidate(c) for c in options.space.cross},
@@ -279,12 +279,3 @@ def _name(stage: str, sample: int, layer: int) -> str:
 
 def _candidate(candidate: Candidate) -> dict[str, Any]:
     return {"pattern": pattern_to_json(candidate.pattern), "scaled": list(candidate.scaled)}
-
-
-def _checked_layers(wanted: tuple[int, ...] | None, count: int) -> tuple[int, ...]:
-    if wanted is None:
-        return tuple(range(count))
-    bad = [n for n in wanted if not 0 <= n < count]
-    if bad or not wanted:
-        raise ValueError(f"layers: wants some of 0..{count - 1}, got {list(wanted)}")
-    return tuple(sorted(set(wanted)))

@@ -77,6 +77,8 @@ class Handle(NotCopyable):
     """A patched model. Made by `patch`.
 
     Attributes:
+        sizes: what a config is checked against: model_type, num_layers, num_heads, num_kv_heads.
+        attention_layers: numbers of the layers with softmax attention; a hybrid has others too.
         last_layout: the layout of the last prefill pass (any thread), or None.
         on_plan: set to a function (layer, plan) to see every plan; plans are not kept otherwise.
     """
@@ -92,13 +94,15 @@ class Handle(NotCopyable):
         num_heads = getattr(sizes, "num_attention_heads", None)
         if num_heads is None:
             raise ValueError(f"model: {type(sizes).__name__} has no num_attention_heads")
-        config.check_model(
-            model_type=outer.config.model_type,
-            num_layers=sizes.num_hidden_layers,
-            num_heads=num_heads,
-            num_kv_heads=getattr(sizes, "num_key_value_heads", None) or num_heads,
-        )
+        self.sizes: dict[str, Any] = {
+            "model_type": outer.config.model_type,
+            "num_layers": sizes.num_hidden_layers,
+            "num_heads": num_heads,
+            "num_kv_heads": getattr(sizes, "num_key_value_heads", None) or num_heads,
+        }
+        config.check_model(**self.sizes)
         soft = sorted(layer.layer_idx for layer in layers)
+        self.attention_layers = tuple(soft)
         for number in config.layers:
             if number not in soft:
                 raise ValueError(

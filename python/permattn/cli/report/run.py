@@ -13,6 +13,7 @@ from rich.console import Console
 from permattn.calibrate import Sample, SearchResult
 from permattn.calibrate.layer import LayerInput
 from permattn.calibrate.measure import capture_layers, measure_prefill
+from permattn.calibrate.passes import model_facts
 from permattn.cli.calibrate.run import parse_layers
 from permattn.cli.calibrate.table import print_heads
 from permattn.cli.demo.compare import Drawn
@@ -78,8 +79,8 @@ def _run(options: Options, remarks: Console) -> tuple[SearchResult, str]:
     with progress_bar(remarks) as progress:
         subject = prepare(options.prompts, progress, device=device, dtype=dtype)[0]
         sample = Sample(subject.inputs)
-        count = subject.model.get_decoder().config.num_hidden_layers
-        task = progress.add_task("measuring heads", total=len(layers or range(count)))
+        count = len(layers or model_facts(subject.model).layers)
+        task = progress.add_task("measuring heads", total=count)
         result = measure_prefill(
             subject.model,
             sample,
