@@ -110,15 +110,17 @@ class BlockIndex:
         per_row = length.sum(-1)
         row_offsets = torch.nn.functional.pad(per_row.cumsum(-1), (1, 0))
         # Blocks count up by one inside a range and jump where the next one begins: a running sum
-        # of jumps, and nothing to look up per entry. An empty range adds its jump to the next.
+        # of steps, and nothing to look up per entry. An empty range adds its jump to the next.
         start, flat = starts.flatten(-2), length.flatten(-2)
-        begin = (flat.cumsum(-1) - flat).clamp_max(capacity)
-        jump = start - torch.nn.functional.pad((start + flat)[..., :-1], (1, 0))
-        kv = torch.zeros(*begin.shape[:-1], capacity + 1, dtype=torch.int32, device=start.device)
-        kv.scatter_add_(-1, begin, jump.to(torch.int32))
-        kv = kv.cumsum(-1, dtype=torch.int32)[..., :capacity]
+        begin = flat.cumsum(-1) - flat
+        jump = start - torch.nn.functional.pad((start + flat)[..., :-1], (1, 0), value=1)
+        kv = torch.ones(*begin.shape[:-1], capacity, dtype=torch.int32, device=start.device)
+        if capacity:
+            jump = torch.where(begin < capacity, jump, 0).to(torch.int32)
+            kv.scatter_add_(-1, begin.clamp_max(capacity - 1), jump)
+        torch.cumsum(kv, -1, dtype=torch.int32, out=kv)
         entry = torch.arange(capacity, device=start.device, dtype=torch.int32)
-        kv = torch.where(entry < row_offsets[..., -1:], kv + entry, 0)
+        kv.masked_fill_(entry >= row_offsets[..., -1:], 0)
         num_full = length[..., :num_full_ranges].sum(-1)
         return cls(
             kv,

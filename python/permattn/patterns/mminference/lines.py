@@ -75,8 +75,7 @@ def choose_lines(prober: Prober, stream: Stream) -> Lines:
     slashes = torch.full((*columns.shape[:2], 0), -1, dtype=torch.int64, device=device)
     grids: tuple[tuple[GridLines, ...], ...] = ()
     if stream.any("needs_probe"):
-        probe_rows, mass = prober.main(stream.query)
-        choice = _Choice(prompt, stream, probe_rows, mass, columns)
+        sink = columns
         if stream.any("seeks_grid"):
             grids = tuple(_grid_lines(prober, stream, i) for i in range(prompt.batch))
             v_columns, v_rows = _grid_masks(grids, prompt, stream)
@@ -84,11 +83,13 @@ def choose_lines(prober: Prober, stream: Stream) -> Lines:
             per_row = [sum(-(-g.grid.num_tokens // min(g.strides)) for g in row) for row in grids]
             max_columns += max(per_row)
             max_rows += max(per_row)
-        if stream.any("seeks_columns"):
-            columns = columns | choice.columns(columns)
-            max_columns += stream.most("vertical", "seeks_columns")
-        if stream.any("seeks_slashes"):
-            slashes = choice.slashes(prober, columns, grids)
+        if stream.any("seeks_columns") or stream.any("seeks_slashes"):
+            choice = _Choice(prompt, stream, *prober.main(stream.query), sink)
+            if stream.any("seeks_columns"):
+                columns = columns | choice.columns(columns)
+                max_columns += stream.most("vertical", "seeks_columns")
+            if stream.any("seeks_slashes"):
+                slashes = choice.slashes(prober, columns, grids)
     return Lines(
         columns,
         min(max_columns, prompt.num_kv),

@@ -362,18 +362,18 @@ def _phase_major(video: GridLines, base: int, mine: Tensor) -> tuple[Tensor, Ten
     # A query block sees its own line's blocks up to itself, and one more where the shift wraps.
     bound = max(s * (per * (per + 1) // 2) for s, per in sizes)
     device = mine.device
-    stride = torch.where(mine, video.s_stride, 0).long()[:, None]
+    stride = torch.where(mine, video.s_stride, 0)[:, None]
     safe = stride.clamp_min(1)
     per_line = (n + safe * LINE_BLOCK - 1) // (safe * LINE_BLOCK)
-    slot = torch.arange(slots, device=device)
+    slot = torch.arange(slots, device=device, dtype=torch.int32)
     phase, nth = slot // (per_line * LINE_BLOCK), slot % (per_line * LINE_BLOCK)
     rank = nth * stride + phase
     valid = (phase < stride) & (rank < n)
     token = video.grid.token_of_rank[rank.clamp(0, n - 1)]
     token = torch.where(valid, token, -1)
-    block = torch.arange(slots // LINE_BLOCK, device=device)
+    block = torch.arange(slots // LINE_BLOCK, device=device, dtype=torch.int32)
     line, step = block // per_line, block % per_line
-    other = (line - video.s_phase.long()[:, None]) % safe
+    other = (line - video.s_phase[:, None]) % safe
     start = base + other * per_line
     stop = torch.where(line < stride, start + step + 1, start)
-    return token.to(torch.int32), start, stop, bound
+    return token.to(torch.int32), start.long(), stop.long(), bound
