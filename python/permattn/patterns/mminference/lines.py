@@ -22,6 +22,8 @@ MIN_GRID_EXCESS = 0.03
 MIN_SPREAD = 1 / 16
 MIN_TIMES_MEAN = 4.0
 MIN_TIMES_EVEN = 0.25
+# What a diagonal costs: the key blocks that it touches, where a column is one key.
+KEYS_PER_SLASH = 80
 # Excess of a longer stride, as a share of the best candidate's, that makes it the better choice.
 NEARLY = 0.9
 
@@ -312,7 +314,7 @@ class _Choice:
             outside,
             ("slash", "seeks_slashes"),
             self.held(columns),
-            4 * MIN_TIMES_EVEN / self.prompt.num_kv,
+            KEYS_PER_SLASH * MIN_TIMES_EVEN / self.prompt.num_kv,
         )
         return torch.where(keep & ~lined[..., None], index, -1)
 
