@@ -169,7 +169,7 @@ MUTANTS = (
     ),
     Mutant("probe-own-key-hidden", "probe.py", "b_key[None, :] <= b_pos", "b_key[None, :] < b_pos"),
     Mutant("probe-carry-dropped", "probe.py", "        b_carry = b_high\n", "", True),
-    Mutant("probe-edge-dropped", "probe.py", "other=0.0) + b_edge", "other=0.0)", True),
+    Mutant("probe-edge-dropped", "probe.py", "other=0.0) + b_edge", "other=0.0)"),
     Mutant("probe-edge-off-by-one", "probe.py", "SPLIT + o_n)", "SPLIT + o_n + 1)"),
     Mutant("probe-turned-too-far", "probe.py", "(BLOCK_N + 1 - BLOCK_M)", "(BLOCK_N - BLOCK_M)"),
     Mutant("probe-no-rescale", "probe.py", "b_sum * tl.math.exp2(b_top - b_safe) +", "b_sum +"),
