@@ -190,10 +190,11 @@ def _made_on(
         model = f"{result.facts['model_class']}, constructed weights, not a released checkpoint"
     else:
         model = str(options.prompts.model)
-    videos = "given" if options.prompts.videos else "made from photographs"
+    plural = "prompt" if len(subjects) == 1 else "prompts"
+    made = "videos given" if options.prompts.videos else "videos made from photographs"
     tokens = result.facts["samples"][0]["tokens"]
     return (
-        f"{model}; {len(subjects)} prompts of {tokens} tokens, videos {videos}; "
+        f"{model}; {len(subjects)} {plural} of {tokens} tokens, {made}; "
         f"budget {result.facts['budget_density']:.1%} of all pairs; "
         f"{str(dtype).removeprefix('torch.')}"
     )

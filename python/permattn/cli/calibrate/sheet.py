@@ -30,6 +30,7 @@ PATTERN_COLOURS = {
 }
 # Cells with room for a number.
 _MAX_WRITTEN = 16
+_CELL_CHARACTERS = 10
 _CENTRED = {"ha": "center", "va": "center"}
 
 
@@ -108,8 +109,10 @@ def _cell_text(pattern: HeadPattern, heads: int) -> str:
     boundary = "" if pattern.boundary in ("none", "k") else pattern.boundary
     if heads > _MAX_WRITTEN // 2:
         return boundary
-    alone = replace(pattern, boundary="none", when=())
-    return "\n".join((describe(alone).partition(" ")[2].replace(" ", "\n"), boundary)).strip()
+    sizes = describe(replace(pattern, boundary="none", when=())).partition(" ")[2]
+    if len(sizes) > _CELL_CHARACTERS:
+        sizes = "\n+".join(sizes.rsplit("+", 1))
+    return "\n".join((sizes.replace(" ", "\n"), boundary)).strip()
 
 
 def _draw_values(
