@@ -166,9 +166,10 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    packages=[*find_packages("python"), "permattn.triton_kernels"],
+    # A folder of data is a package to setuptools.
+    packages=[*find_packages("python"), "permattn.triton_kernels", "permattn.models.configs"],
     package_dir={"": "python", "permattn.triton_kernels": "triton_kernels"},
-    package_data={"permattn.models": ["configs/*.json"]},
+    package_data={"permattn.models.configs": ["*.json"]},
     ext_modules=[Extension("permattn._native", sources=[], py_limited_api=True, optional=True)],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )
