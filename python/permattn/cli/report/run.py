@@ -100,7 +100,7 @@ def _run(options: Options, remarks: Console) -> tuple[SearchResult, str]:
         advance()
         title = (
             f"{result.facts['model_class']}, {result.facts['samples'][0]['tokens']:,} tokens: "
-            f"{options.config or 'every head auto'}"
+            f"{options.config.name if options.config else 'every head auto'}"
         )
         _write(options, result, heads, inputs, title, subject.note, advance)
     return result, title
