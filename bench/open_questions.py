@@ -16,6 +16,7 @@ import torch
 from permattn import HeadPattern, TokenGrid, TokenRun, plan_dense, plan_prefill
 from permattn import sparse_attention_with_lse as attend
 from permattn.core import Segment
+from permattn.patterns.mminference.config import Boundary
 from permattn.probe import probe_mass
 from torch import Tensor
 
@@ -112,7 +113,7 @@ def rows_over_text() -> dict[str, float]:
 def pairs() -> dict[str, Any]:
     """Text looks at columns that vision does not look at: one probe, or one per modality."""
     torch.manual_seed(1)
-    segments = [TokenRun(0, 400), replace(VIDEO, start=400), TokenRun(4240, 760)]
+    segments: list[Segment] = [TokenRun(0, 400), replace(VIDEO, start=400), TokenRun(4240, 760)]
     q, k = torch.randn(1, 1, 5000, 16) * 0.3, torch.randn(1, 1, 5000, 16) * 0.3
     label = torch.zeros(5000, dtype=torch.bool)
     label[400:4240] = True
@@ -122,8 +123,9 @@ def pairs() -> dict[str, Any]:
     head = HeadPattern(sink=8, local=64, vertical=128, slash=0)
     # The text after the video is dense whatever the boundary.
     text = torch.arange(64, 400)
-    found = {}
-    for boundary in ("none", "q", "2d"):
+    boundaries: tuple[Boundary, ...] = ("none", "q", "2d")
+    found: dict[str, Any] = {}
+    for boundary in boundaries:
         one = replace(head, boundary=boundary)
         whole = measure(q, k, one, segments=segments)
         found[boundary] = whole | {"text": measure(q, k, one, text, segments)["recall"]}
