@@ -60,6 +60,25 @@ def test_context_manager_unpatches_on_errors(case_of):
     assert hooks(model) == 0
 
 
+def test_state_is_reset_after_ctrl_c(case_of):
+    """torch calls no forward hook then: the next pass, or unpatching, cleans up."""
+    case = case_of("qwen3_vl")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    want = logits(case)
+    with patch(case.model, {"min_q_len": 2}) as handle:
+        with handle.observe(interrupted), pytest.raises(KeyboardInterrupt):
+            logits(case)
+        logits(case)
+        assert not context.in_prefill()
+        with handle.observe(interrupted), pytest.raises(KeyboardInterrupt):
+            logits(case)
+    assert not context.in_prefill()
+    assert torch.equal(logits(case), want)
+
+
 def test_state_is_reset_after_an_exception(case_of):
     case = case_of("qwen3_vl")
 

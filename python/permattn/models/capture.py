@@ -125,6 +125,8 @@ class LayoutCapture(NotCopyable):
             if before is not None:
                 module.__dict__[name] = before
         self._hooks, self._wrapped = [], []
+        context.forget_layouts(self._owner)
+        context.observe(None)
         context.take_pending(self._owner)
         context.take_spliced(self._owner)
         context.set_explicit(self._owner, None)

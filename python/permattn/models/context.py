@@ -60,8 +60,17 @@ _SPLICED: ContextVar[tuple[SplicedRows, ...]] = ContextVar("permattn_spliced", d
 
 
 def push_layout(owner: object, layout: TokenLayout | None) -> None:
-    """Enters a decoder pass of `owner`; None = a pass without geometry (one query)."""
+    """Enters a decoder pass of `owner`; None = a pass without geometry (one query).
+
+    A pass that Ctrl-C ended never said goodbye: torch calls no hook then. It ends here.
+    """
+    forget_layouts(owner)
     _FRAMES.set((*_FRAMES.get(), _Frame(owner, layout)))
+
+
+def forget_layouts(owner: object) -> None:
+    """Ends every pass of `owner`."""
+    _FRAMES.set(tuple(frame for frame in _FRAMES.get() if frame.owner is not owner))
 
 
 def pop_layout(owner: object) -> None:
