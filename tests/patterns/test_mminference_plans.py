@@ -85,6 +85,7 @@ PROMPTS = {
         [[TokenRun(0, 30, "audio"), STAMPED, TokenRun(170, 20, "audio"), TokenGrid(195, 5, 3, 4)]],
     ),
     "chunk-of-audio": (33, 203, [[STAMPED, TokenRun(160, 43, "audio")]]),
+    "many-frames": (1060, 1060, [[TokenGrid(5, 520, 1, 2)]]),
     "no-text": (180, 180, [[TokenGrid(0, 9, 4, 5)]]),
     "image-only": (90, 90, [[IMAGE]]),
     "text-only": (333, 333, None),

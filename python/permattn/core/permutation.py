@@ -89,6 +89,9 @@ class Permutation:
         token = token.expand(bx, hx, -1)
         slot = self.slot_of_token.expand(bx, hx, -1)
         dropped = dropped.expand(bx, hx, -1)
+        if self.is_identity:
+            token = token.masked_fill(dropped, -1).contiguous()
+            return Permutation(token, token)
         hole = (token < 0) | dropped.gather(-1, token.clamp_min(0).long())
         return Permutation(
             token.masked_fill(hole, -1).contiguous(), slot.masked_fill(dropped, -1).contiguous()

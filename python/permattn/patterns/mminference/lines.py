@@ -237,7 +237,10 @@ def _grid_masks(
             rank = torch.arange(lines.grid.num_tokens, device=stream.device, dtype=torch.int32)
             stride = lines.v_stride[:, None]
             on_line = (stride > 0) & (rank % stride.clamp_min(1) == lines.v_phase[:, None])
-            token = lines.grid.token_of_rank.long()
+            if lines.grid.is_contiguous:
+                token: slice | Tensor = slice(lines.grid.first, lines.grid.stop)
+            else:
+                token = lines.grid.token_of_rank.long()
             columns[i, :, token] |= on_line & wants_v
             rows[i, :, token] |= on_line & wants_h
     return columns, rows[..., prompt.q_offset :] & stream.is_query

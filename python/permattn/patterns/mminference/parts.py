@@ -13,6 +13,9 @@ and, for all its heads, rows: queries that see everything, compact, and holes ev
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -21,13 +24,16 @@ from permattn.core.plan import ceil_div
 from permattn.core.selection import list_blocks, pooled_blocks, strongest_blocks
 from permattn.patterns.mminference.config import HeadPattern
 from permattn.patterns.mminference.lines import GridLines, Lines
-from permattn.patterns.mminference.prompt import Prompt
+from permattn.patterns.mminference.prompt import Prompt, VideoGrid
 from permattn.patterns.mminference.streams import BLOCK, Stream
 
 # Diagonals start anywhere: finer key blocks cost 80 keys for 64 where aligned ones would cost 128.
 GRANULE = 16
-ROW_BLOCK = 32
-LINE_BLOCK = 32
+# Rows and lines come in blocks of 64 where there are many: lists are shorter and tiles fuller. Few
+# would leave most of such a block empty.
+FEW, MANY = 32, 64
+MANY_ROWS = 512
+MANY_FRAMES = 256
 
 
 def stream_parts(
@@ -80,11 +86,13 @@ def no_parts(prompt: Prompt) -> AttnPart:
 
 def compact(mask: Tensor, capacity: int) -> Tensor:
     """Positions of True along the last axis, ascending, padded with -1: int32 [..., capacity]."""
-    place = mask.cumsum(-1) - 1
-    place = torch.where(mask & (place < capacity), place, capacity)
+    # Place 0 collects what is not kept; the slice drops it.
+    place = mask.cumsum(-1, dtype=torch.int32).mul_(mask)
+    place.masked_fill_(place > capacity, 0)
     flat = torch.full((*mask.shape[:-1], capacity + 1), -1, dtype=torch.int32, device=mask.device)
     position = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-    return flat.scatter_(-1, place, position.expand(mask.shape))[..., :capacity].contiguous()
+    flat.scatter_(-1, place.long(), position.expand(mask.shape))
+    return flat[..., 1:].contiguous()
 
 
 def _window(head: HeadPattern, prompt: Prompt) -> int:
@@ -275,10 +283,11 @@ class _Maker:
         prompt, axis, device = self.prompt, self.stream.axis, self.device
         token = compact(self.lines.rows, self.lines.max_rows)
         q_perm = Permutation.from_token_of_slot(token, prompt.num_q, validate=False)
-        blocks = ceil_div(token.shape[-1], ROW_BLOCK)
-        pad = blocks * ROW_BLOCK - token.shape[-1]
+        size = MANY if self.lines.max_rows >= MANY_ROWS else FEW
+        blocks = ceil_div(token.shape[-1], size)
+        pad = blocks * size - token.shape[-1]
         tiles = torch.nn.functional.pad(token, (0, pad), value=-1)
-        tiles = tiles.unflatten(-1, (blocks, ROW_BLOCK))
+        tiles = tiles.unflatten(-1, (blocks, size))
         some = tiles[..., 0] >= 0
         begin, end = axis.start.to(device)[..., None], axis.stop.to(device)[..., None]
 
@@ -302,7 +311,7 @@ class _Maker:
             torch.stack((full_stop, full_start, stop), -1),
             num_full_ranges=1,
             capacity=blocks * ceil_div(axis.size, BLOCK),
-            block_q=ROW_BLOCK,
+            block_q=size,
             block_kv=BLOCK,
         )
         return AttnPart(q_perm, self.kv_perm, index, self._band(0))
@@ -313,67 +322,123 @@ class _Maker:
         Source: MMInference, section 3.2 and Algorithm 5 (permutation by stride).
         """
         prompt = self.prompt
-        tokens, starts, stops, bounds = [], [], [], []
-        for row in self.lines.grids:
-            made = []
-            base = 0
-            for video in row:
-                made.append(_phase_major(video, base, mine))
-                base += made[-1][0].shape[-1] // LINE_BLOCK
-            empty = torch.empty(len(mine), 0, dtype=torch.int32, device=self.device)
-            tokens.append(torch.cat([m[0] for m in made], -1) if made else empty)
-            starts.append(torch.cat([m[1] for m in made], -1) if made else empty.long())
-            stops.append(torch.cat([m[2] for m in made], -1) if made else empty.long())
-            bounds.append(sum(m[3] for m in made))
-        slots = max(t.shape[-1] for t in tokens)
-        blocks = slots // LINE_BLOCK
+        videos = [video for row in self.lines.grids for video in row]
+        repeats = min(video.grid.num_tokens // max(video.strides) for video in videos)
+        size = MANY if repeats >= MANY_FRAMES else FEW
+        made = [_phase_major(prompt, row, mine, size) for row in self.lines.grids]
+        slots = max(m.token.shape[-1] for m in made)
+        blocks = slots // size
 
         def stack(rows: list[Tensor], size: int, value: int) -> Tensor:
             fill = torch.nn.functional.pad
             return torch.stack([fill(x, (0, size - x.shape[-1]), value=value) for x in rows])
 
-        position = stack(tokens, slots, -1)
-        q_token = torch.where(position >= prompt.q_offset, position - prompt.q_offset, -1)
-        kv = Permutation.from_token_of_slot(position, prompt.num_kv, validate=False)
-        q = Permutation.from_token_of_slot(q_token, prompt.num_q, validate=False)
+        position = stack([m.token for m in made], slots, -1)
+        slot = torch.stack([m.slot for m in made])
+        kv = q = Permutation(position, slot)
+        if prompt.q_offset:
+            q_token = torch.where(position >= prompt.q_offset, position - prompt.q_offset, -1)
+            q = Permutation(q_token, slot[..., prompt.q_offset :].contiguous())
         index = BlockIndex.from_ranges(
-            stack(starts, blocks, 0)[..., None],
-            stack(stops, blocks, 0)[..., None],
+            stack([m.start for m in made], blocks, 0)[..., None],
+            stack([m.stop for m in made], blocks, 0)[..., None],
             num_full_ranges=0,
-            capacity=max(bounds),
-            block_q=LINE_BLOCK,
-            block_kv=LINE_BLOCK,
+            capacity=max(m.capacity for m in made),
+            block_q=size,
+            block_kv=size,
         )
         return AttnPart(self._without_rows(q), self._sparse_keys(kv), index, self._band(local))
 
 
-def _phase_major(video: GridLines, base: int, mine: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Slots of one video per head, and the key-block range of every query block.
+@dataclass(frozen=True, eq=False)
+class _Lines:
+    """The videos of one batch row, phase-major, every head by its own strides.
 
     Args:
-        base: blocks before this video's.
-
-    Returns: tokens int32 [Hq, slots] (-1 = padding), starts and stops int64
-        [Hq, slots / LINE_BLOCK], and a static bound on listed blocks.
+        token: int32 [Hq, slots], -1 = padding.
+        slot: int32 [Hq, Skv], -1 = not in a line.
+        start, stop: int64 [Hq, slots / size of a block]: key blocks of every query block.
+        capacity: a static bound on listed blocks.
     """
-    n = video.grid.num_tokens
-    sizes = [(s, ceil_div(ceil_div(n, s), LINE_BLOCK)) for s in video.strides]
-    slots = max(s * per * LINE_BLOCK for s, per in sizes)
-    # A query block sees its own line's blocks up to itself, and one more where the shift wraps.
-    bound = max(s * (per * (per + 1) // 2) for s, per in sizes)
+
+    token: Tensor
+    slot: Tensor
+    start: Tensor
+    stop: Tensor
+    capacity: int
+
+
+def _phase_major(prompt: Prompt, videos: tuple[GridLines, ...], mine: Tensor, size: int) -> _Lines:
     device = mine.device
-    stride = torch.where(mine, video.s_stride, 0)[:, None]
-    safe = stride.clamp_min(1)
-    per_line = (n + safe * LINE_BLOCK - 1) // (safe * LINE_BLOCK)
-    slot = torch.arange(slots, device=device, dtype=torch.int32)
-    phase, nth = slot // (per_line * LINE_BLOCK), slot % (per_line * LINE_BLOCK)
-    rank = nth * stride + phase
-    valid = (phase < stride) & (rank < n)
-    token = video.grid.token_of_rank[rank.clamp(0, n - 1)]
-    token = torch.where(valid, token, -1)
-    block = torch.arange(slots // LINE_BLOCK, device=device, dtype=torch.int32)
-    line, step = block // per_line, block % per_line
-    other = (line - video.s_phase[:, None]) % safe
-    start = base + other * per_line
-    stop = torch.where(line < stride, start + step + 1, start)
-    return token.to(torch.int32), start.long(), stop.long(), bound
+    tokens = [torch.empty(len(mine), 0, dtype=torch.int32, device=device)]
+    starts, stops = [tokens[0].long()], [tokens[0].long()]
+    slot = torch.full((len(mine), prompt.num_kv), -1, dtype=torch.int32, device=device)
+    base = capacity = 0
+    for video in videos:
+        order = _stride_orders(video.grid, video.strides, size)
+        strides = torch.tensor(video.strides, dtype=torch.int32, device=device)
+        stride = torch.where(mine, video.s_stride, 0)[:, None]
+        # The last order holds nothing: it is that of heads without lines.
+        found = torch.cat((stride == strides, torch.ones_like(stride, dtype=torch.bool)), -1)
+        pick = found.int().argmax(-1)
+        tokens.append(order.token_of_slot[pick])
+        by_rank = order.slot_of_rank[pick]
+        by_rank = torch.where(by_rank >= 0, by_rank + base, -1) if base else by_rank
+        if video.grid.is_contiguous:
+            slot[:, video.grid.first : video.grid.stop] = by_rank
+        else:
+            slot[:, video.grid.token_of_rank.long()] = by_rank
+        per_line = order.blocks_per_line[pick][:, None]
+        block = torch.arange(tokens[-1].shape[-1] // size, device=device)
+        line, step = block // per_line, block % per_line
+        other = (line - video.s_phase[:, None]) % stride.clamp_min(1)
+        starts.append(base // size + other * per_line)
+        stops.append(torch.where(line < stride, starts[-1] + step + 1, starts[-1]))
+        base += tokens[-1].shape[-1]
+        capacity += order.capacity
+    return _Lines(
+        torch.cat(tokens, -1), slot, torch.cat(starts, -1), torch.cat(stops, -1), capacity
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _StrideOrders:
+    """One video in the phase-major order of every candidate stride, and an empty one at the end.
+
+    Args:
+        token_of_slot: int32 [strides + 1, slots], -1 = padding; a line is a whole number of blocks.
+        slot_of_rank: int32 [strides + 1, n].
+        blocks_per_line: int64 [strides + 1].
+        capacity: a bound on the blocks that all lines of any stride list.
+    """
+
+    token_of_slot: Tensor
+    slot_of_rank: Tensor
+    blocks_per_line: Tensor
+    capacity: int
+
+
+@lru_cache(maxsize=32)
+def _stride_orders(video: VideoGrid, strides: tuple[int, ...], size: int) -> _StrideOrders:
+    """Depends on nothing that a layer decides: made once per prompt.
+
+    Args:
+        size: of a block.
+    """
+    # Cached tensors outlive the call: they must not be inference tensors.
+    with torch.inference_mode(False):
+        n = video.num_tokens
+        per_line = [ceil_div(ceil_div(n, s), size) for s in strides]
+        slots = max(s * per * size for s, per in zip(strides, per_line, strict=True))
+        token = torch.full((len(strides) + 1, slots), -1, dtype=torch.int32)
+        slot = torch.full((len(strides) + 1, n), -1, dtype=torch.int32)
+        rank = torch.arange(n)
+        for i, (stride, per) in enumerate(zip(strides, per_line, strict=True)):
+            place = rank % stride * (per * size) + rank // stride
+            token[i, place] = video.host_tokens.to(torch.int32)
+            slot[i] = place
+        # A query block sees its own line's blocks up to itself, and one more where the shift wraps.
+        bound = max(s * (per * (per + 1) // 2) for s, per in zip(strides, per_line, strict=True))
+        device = video.token_of_rank.device
+        blocks = torch.tensor([*per_line, 1]).to(device)
+        return _StrideOrders(token.to(device), slot.to(device), blocks, bound)
