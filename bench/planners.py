@@ -65,6 +65,8 @@ Planner = Prefill | FlexPrefill | XAttention | Static
 
 # The grid of earlier results: every default.
 GRID = Prefill((HeadPattern("grid"),))
+# The sizes of MMInference's Table 4 (arXiv 2504.16083): a local window of 1024, a sink of 128.
+GRID_TABLE_4 = Prefill((HeadPattern("grid", sink=128, local=1024),))
 # About 5 % of the causal pairs at 32k tokens.
 GRID_5 = Prefill((HeadPattern("grid", local=256),))
 # About 8 % of them.

@@ -11,6 +11,7 @@ from bench.planners import (
     AUTO,
     GRID,
     GRID_5,
+    GRID_TABLE_4,
     LINES_8,
     FlexPrefill,
     Planner,
@@ -304,19 +305,27 @@ def prefill_case(name: str, title: str, planner: Planner, head_dim: int, target:
 LONG = Case(
     name="grid-128k",
     group="prefill",
-    title="bf16, D = 128, a grid plan found online for a video of 128k tokens",
+    title="bf16, D = 128, a grid of the paper's sizes found online, a video of 128k tokens",
     shape=Shape("bf16", 128, num_tokens=131072),
     inputs="video",
-    rounds=3,
+    rounds=5,
     runs=(
         Run("probe", "probe"),
-        Run("plan", "plan", planner=GRID),
-        Run("attend", "attend", planner=GRID),
-        Run("plan-and-attend", "planned", planner=GRID),
+        Run("plan", "plan", planner=GRID_TABLE_4),
+        Run("attend", "attend", planner=GRID_TABLE_4),
+        Run("plan-and-attend", "planned", planner=GRID_TABLE_4),
+        Run("plan, our defaults", "plan", planner=GRID),
+        Run("attend, our defaults", "attend", planner=GRID),
     ),
     goals=(
         Goal("planning as a share of its sparse attention", "plan", "attend", 0.05, at_most=True),
         Goal("the probe as a share of planning", "probe", "plan", at_most=True),
+        Goal(
+            "the same with our defaults (half the window)",
+            "plan, our defaults",
+            "attend, our defaults",
+            at_most=True,
+        ),
     ),
 )
 

@@ -187,20 +187,26 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("kind", ["no-boundary", "boundaries"])
 @pytest.mark.parametrize("padding", [(0, 0), (5, 9)], ids=["whole", "padded"])
-def test_planning_never_waits_for_the_device_and_makes_nothing_quadratic(padding):
+def test_planning_never_waits_for_the_device_and_makes_nothing_quadratic(padding, kind):
     """On the meta device any wait (.item(), bool(), a data-dependent size) raises."""
     n = 1 << 17
     video = TokenGrid(100, 500, 16, 16)
+    rows = [[video, TokenRun(video.stop + 5, 400, "audio")]]
     q, k = torch.empty(1, 4, n, 64, device="meta"), torch.empty(1, 2, n, 64, device="meta")
     heads = [
         HeadPattern("auto"),
-        HeadPattern("grid", local=100),
-        HeadPattern("vertical_slash"),
-        HeadPattern("tri_shape"),
+        *(HeadPattern(x) for x in ("grid", "vertical_slash", "tri_shape")),
     ]
+    if kind != "no-boundary":
+        heads[1:] = [
+            HeadPattern("block_sparse", coverage=0.9),
+            HeadPattern(boundary="q", coverage=0.9, local=100),
+            HeadPattern("grid", boundary="2d", when={"text,vision": HeadPattern("block_sparse")}),
+        ]
     with LargestTensor() as seen:
-        plan = plan_prefill(q, k, [[video]], heads, left_pad=padding[:1], right_pad=padding[1:])
+        plan = plan_prefill(q, k, rows, heads, left_pad=padding[:1], right_pad=padding[1:])
         for part in plan.parts:
             part.index.transpose(part.num_kv_blocks)
     assert plan.device.type == "meta" and seen.numel <= 1 << 26 < n * n // 100
