@@ -15,7 +15,8 @@ from permattn.cli.demo.circuits import (
     frequencies,
 )
 from permattn.cli.demo.measure import Meter
-from permattn.cli.demo.subject import choose_grid, constructed_subject, patches_of
+from permattn.cli.demo.patches import patches_of
+from permattn.cli.demo.subject import choose_grid, constructed_subject
 from permattn.cli.demo.video import Clip
 
 SIZES = Sizes(

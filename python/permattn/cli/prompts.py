@@ -14,8 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from permattn.cli.demo import video
-from permattn.cli.demo.constructed import MODEL_TYPES, Grid, Sizes
-from permattn.cli.demo.subject import Subject, choose_grid, constructed_subject, patches_of
+from permattn.cli.demo.constructed import Grid, Sizes
+from permattn.cli.demo.subject import (
+    CONSTRUCTED,
+    Subject,
+    constructed_subject,
+    grid_for,
+    pixels_of,
+)
 from permattn.cli.errors import UserError
 
 OWN_VIDEO_ASPECT = 2.0
@@ -43,15 +49,15 @@ class PromptOptions:
     def constructed(self) -> str | None:
         """The model type to construct; None = a checkpoint."""
         if self.model is None:
-            return next(iter(MODEL_TYPES))
+            return CONSTRUCTED[0]
         prefix, colon, name = self.model.partition(":")
         return name if prefix == "constructed" and colon else None
 
     def check(self) -> None:
         """Raises UserError for files that are not there, and samples that no video is for."""
-        if self.constructed is not None and self.constructed not in MODEL_TYPES:
+        if self.constructed is not None and self.constructed not in CONSTRUCTED:
             raise UserError(
-                f"--model {self.model}: constructed are {', '.join(MODEL_TYPES)}, got "
+                f"--model {self.model}: constructed are {', '.join(CONSTRUCTED)}, got "
                 f"{self.constructed!r}"
             )
         for path in self.videos:
@@ -97,11 +103,15 @@ def prepare(
     task = progress.add_task("reading videos and model", total=count)
     subjects: list[Subject] = []
     loaded: tuple[Any, Any] | None = None
+    grid: Grid | None = None
     with _folder(keep) as folder:
         for i in range(count):
             source = _Source(options.videos, i, folder / f"made{i}.mp4")
             if options.model is None or options.constructed:
-                subjects.append(_constructed(options, source, subjects, device, dtype))
+                # The model is built for one grid of tokens.
+                before = subjects[0] if subjects else None
+                subject, grid = _constructed(options, source, before, grid, device, dtype)
+                subjects.append(subject)
             else:
                 from permattn.cli.demo import checkpoint
 
@@ -157,25 +167,25 @@ class _Source:
 def _constructed(
     options: PromptOptions,
     source: _Source,
-    before: Sequence[Subject],
+    before: Subject | None,
+    grid: Grid | None,
     device: torch.device,
     dtype: torch.dtype,
-) -> Subject:
+) -> tuple[Subject, Grid]:
     """The demo's model on its first video; on others the same model and prompt, new pixels."""
-    if before:
-        # The model is built for one grid of tokens.
-        t, h, w = before[0].inputs["video_grid_thw"][0].tolist()
-        grid = Grid(t, h // 2, w // 2)
-    else:
-        grid = choose_grid(options.tokens, options.frames, source.aspect)
+    name = options.constructed
+    assert name is not None
+    if grid is None:
+        grid = grid_for(name, options.tokens, options.frames, source.aspect)
     side = 2 * SIZES.patch
     clip = source.read(Grid(grid.frames, grid.height * side, grid.width * side))
-    if not before:
-        name = options.constructed
-        assert name is not None
-        return constructed_subject(
+    if before is None:
+        subject = constructed_subject(
             clip, grid, device=device, dtype=dtype, sizes=SIZES, model_type=name
         )
-    pixels, _ = patches_of(clip.frames, SIZES.patch)
-    inputs = before[0].inputs | {"pixel_values_videos": pixels.to(device, dtype)}
-    return replace(before[0], inputs=inputs)
+        return subject, grid
+    pixels = {
+        key: x.to(device, dtype) if x.is_floating_point() else x.to(device)
+        for key, x in pixels_of(name, clip.frames, SIZES.patch).items()
+    }
+    return replace(before, inputs=before.inputs | pixels), grid

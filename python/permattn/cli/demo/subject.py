@@ -11,21 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from permattn.cli.demo.constructed import Grid, Sizes, build
+from permattn.cli.demo.circuits import VIDEO_TOKEN
+from permattn.cli.demo.coded import build_coded
+from permattn.cli.demo.constructed import MODEL_TYPES, Grid, Sizes, build
+from permattn.cli.demo.patches import TEMPORAL, patches_of
+from permattn.cli.demo.towers import FAMILIES, square_grid
 from permattn.cli.demo.video import Clip
 
 TOKENS_PER_FRAME = 128
-# Values that Qwen-VL's image processor normalises with.
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
-_MERGE = 2
-_TEMPORAL = 2
+# Classes that can be constructed; the first is the demo's.
+CONSTRUCTED = (*MODEL_TYPES, *FAMILIES)
 # Kinds that the sheet shows, in this order, from layers that can read marks.
 _SHEET_KINDS = ("place", "grid", "spots", "local", "sink", "place and grid")
 
 CONSTRUCTED_NOTE = (
     "The weights are constructed, not trained: the model's text is meaningless. Its class, its "
     "sizes and its M-RoPE are real, and so are the attention patterns that they make."
+)
+CODED_NOTE = (
+    "The weights are constructed, not trained: the model's text is meaningless. Its class, its "
+    "sizes and its rotary embedding are real; heads find places by a code in the visual features."
 )
 
 
@@ -64,26 +69,29 @@ def choose_grid(tokens: int, frames: int | None, aspect: float) -> Grid:
         frames: video frames to use; None = enough for about TOKENS_PER_FRAME tokens each.
         aspect: width / height of the video.
     """
-    pairs = max(2, frames // _TEMPORAL if frames else math.ceil(tokens / TOKENS_PER_FRAME))
+    pairs = max(2, frames // TEMPORAL if frames else math.ceil(tokens / TOKENS_PER_FRAME))
     per_frame = max(4, math.ceil(tokens / pairs)) if frames else TOKENS_PER_FRAME
     height = max(2, round(math.sqrt(per_frame / aspect)))
     return Grid(pairs, height, max(2, math.ceil(per_frame / height)))
 
 
-def patches_of(frames: np.ndarray, patch: int) -> tuple[Tensor, Tensor]:
-    """A video as Qwen2.5-VL's vision tower wants it.
+def grid_for(model_type: str, tokens: int, frames: int | None, aspect: float) -> Grid:
+    """`choose_grid`, or a square one for a class that sees squares only."""
+    if model_type in FAMILIES and FAMILIES[model_type].is_square:
+        return square_grid(tokens, frames)
+    return choose_grid(tokens, frames, aspect)
+
+
+def pixels_of(model_type: str, frames: np.ndarray, patch: int) -> dict[str, Tensor]:
+    """The inputs of a constructed class that depend on the video alone.
 
     Args:
         frames: uint8 [T, H, W, 3]; T even, H and W multiples of 2 * patch.
-
-    Returns: float32 [num_patches, 3 * 2 * patch * patch] and int64 [1, 3] sizes in patches.
     """
-    t, h, w = frames.shape[0] // _TEMPORAL, *(x // patch for x in frames.shape[1:3])
-    x = torch.from_numpy(frames).float().div_(255.0).sub_(torch.tensor(_MEAN))
-    x = x.div_(torch.tensor(_STD))
-    x = x.view(t, _TEMPORAL, h // _MERGE, _MERGE, patch, w // _MERGE, _MERGE, patch, 3)
-    x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return x.reshape(t * h * w, -1), torch.tensor([[t, h, w]])
+    if model_type in FAMILIES:
+        return FAMILIES[model_type].pixels(frames, patch)
+    patches, thw = patches_of(frames, patch)
+    return {"pixel_values_videos": patches, "video_grid_thw": thw}
 
 
 def constructed_subject(
@@ -95,44 +103,47 @@ def constructed_subject(
     sizes: Sizes = Sizes(),
     model_type: str = "qwen2_5_vl",
 ) -> Subject:
-    """The default model (or another class, see `build`) on a clip of `2 * grid.frames` frames."""
-    pixels, thw = patches_of(clip.frames, sizes.patch)
+    """The default model (or another of `CONSTRUCTED`) on a clip of `2 * grid.frames` frames."""
     few = np.linspace(0, len(clip.frames) - 1, 8).astype(int)
-    made = build(
-        grid,
-        *patches_of(clip.frames[few], sizes.patch),
-        sizes=sizes,
-        dtype=dtype,
-        model_type=model_type,
-    )
-    ids = made.input_ids
-    is_video: Tensor = torch.eq(ids, made.model.config.video_token_id)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": 2 * is_video.int(),
-        "pixel_values_videos": pixels.to(dtype),
-        "video_grid_thw": thw,
-    }
-    if model_type == "qwen2_5_vl":
-        inputs["second_per_grid_ts"] = torch.tensor([1.0])
-    sheet: list[SheetHead] = []
-    for kind in _SHEET_KINDS:
-        where = (
-            (n, h) for n, row in enumerate(made.kinds) if n for h, k in enumerate(row) if k == kind
-        )
-        found = list(where)
-        if found:
-            # Not all from one layer.
-            sheet.append(SheetHead(*found[len(sheet) % len(found)], kind))
+    sample = pixels_of(model_type, clip.frames[few], sizes.patch)
+    pixels = pixels_of(model_type, clip.frames, sizes.patch)
+    if model_type in FAMILIES:
+        made = build_coded(model_type, grid, sample, sizes=sizes, dtype=dtype)
+        more = FAMILIES[model_type].inputs_of_ids(made.input_ids)
+    else:
+        made = build(grid, *sample.values(), sizes=sizes, dtype=dtype, model_type=model_type)
+        more = _qwen_inputs(made.input_ids, model_type)
+    inputs = {"input_ids": made.input_ids} | more
+    inputs |= {n: x.to(dtype) if x.is_floating_point() else x for n, x in pixels.items()}
     return Subject(
         made.model.to(device),
         {name: x.to(device) for name, x in inputs.items()},
         f"{type(made.model).__name__}, constructed weights",
-        int(is_video.sum()),
-        tuple(sheet),
-        CONSTRUCTED_NOTE,
+        grid.num_tokens,
+        _sheet(made.kinds),
+        CODED_NOTE if model_type in FAMILIES else CONSTRUCTED_NOTE,
     )
+
+
+def _qwen_inputs(ids: Tensor, model_type: str) -> dict[str, Tensor]:
+    inputs = {
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": 2 * torch.eq(ids, VIDEO_TOKEN).int(),
+    }
+    if model_type == "qwen2_5_vl":
+        inputs["second_per_grid_ts"] = torch.tensor([1.0])
+    return inputs
+
+
+def _sheet(kinds: tuple[tuple[str, ...], ...]) -> tuple[SheetHead, ...]:
+    """One head of every kind that the sheet shows, from layers that can read marks."""
+    sheet: list[SheetHead] = []
+    for kind in _SHEET_KINDS:
+        found = [(n, h) for n, row in enumerate(kinds) if n for h, k in enumerate(row) if k == kind]
+        if found:
+            # Not all from one layer.
+            sheet.append(SheetHead(*found[len(sheet) % len(found)], kind))
+    return tuple(sheet)
 
 
 Reader = Callable[[Grid], Clip]
