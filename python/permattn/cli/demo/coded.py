@@ -98,7 +98,8 @@ def _write_prompt(model: Any, family: CodedFamily, grid: Grid, sizes: Sizes) -> 
 def _write_tower(model: Any, family: CodedFamily, grid: Grid, sample: dict[str, Tensor]) -> None:
     """Position embeddings hold the code, nothing overwrites it, the projector passes it on."""
     tower = family.tower(model, grid)
-    for module in (*tower.root.modules(), tower.first, tower.last):
+    modules: list[Any] = [*tower.root.modules(), tower.first, tower.last]
+    for module in modules:
         weight = getattr(module, "weight", None)
         if weight is not None and weight.ndim > 1:
             weight.normal_(std=weight[0].numel() ** -0.5)

@@ -55,11 +55,11 @@ _START_SQUARE, _LAYER_SQUARE = 1.18, 0.24
 _QUERY_NORM, _KEY_SLACK = 44.0, 40.0
 
 KINDS = (
-    HeadKind("place", place=22.0, sink=24.0),
+    HeadKind("place", place=24.0, sink=23.0),
     HeadKind("grid", time=4.0, grid=14.0, sink=17.0),
     HeadKind("local", place=2.0, time=16.0, sink=12.0),
     HeadKind("sink", time=5.0, sink=13.0),
-    HeadKind("place and grid", place=20.0, grid=19.0, sink=21.0),
+    HeadKind("place and grid", place=21.0, grid=20.0, sink=20.0),
     HeadKind("spots", time=6.0, spots=12.0, sink=12.0),
     HeadKind("near", place=6.0, time=12.0, sink=14.0),
     HeadKind("near and spots", place=5.0, time=14.0, spots=16.0),
