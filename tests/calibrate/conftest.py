@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from permattn.calibrate import Sample
 from permattn.calibrate.layer import Exact, LayerInput
 from permattn.cli.demo.circuits import Grid, Sizes
-from permattn.cli.demo.subject import constructed_subject
+from permattn.cli.demo.subject import Subject, constructed_subject
 from permattn.cli.demo.video import Clip
 from permattn.core import TokenGrid
 
@@ -50,17 +52,33 @@ def exact(layer: LayerInput) -> Exact:
     return Exact.of(layer)
 
 
-@pytest.fixture(scope="session")
-def subject():
-    """The demo's constructed model at its smallest, and its prompt of about 1,500 tokens."""
+def small_subject(model_type: str = "qwen2_5_vl", grid: Grid = GRID) -> Subject:
+    """A constructed model at its smallest, and its prompt of about 1,500 tokens."""
     generator = np.random.default_rng(0)
     # Slowly changing noise: neighbouring frames look alike.
-    frames = generator.integers(0, 256, (2 * GRID.frames, GRID.height * 28, GRID.width * 28, 3))
+    frames = generator.integers(0, 256, (2 * grid.frames, grid.height * 28, grid.width * 28, 3))
     frames = ((frames + np.roll(frames, 1, 0)) // 2).astype(np.uint8)
-    clip = Clip(frames, 0.5, "none", (GRID.width * 28, GRID.height * 28), len(frames))
+    clip = Clip(frames, 0.5, "none", (grid.width * 28, grid.height * 28), len(frames))
     return constructed_subject(
-        clip, GRID, device=torch.device("cpu"), dtype=torch.float32, sizes=SIZES
+        clip,
+        grid,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        sizes=SIZES,
+        model_type=model_type,
     )
+
+
+@pytest.fixture(scope="session")
+def make_subject() -> Callable[..., Subject]:
+    """`small_subject`, for other classes and sizes."""
+    return small_subject
+
+
+@pytest.fixture(scope="session")
+def subject() -> Subject:
+    """The demo's constructed model at its smallest, and its prompt of about 1,500 tokens."""
+    return small_subject()
 
 
 @pytest.fixture(scope="session")

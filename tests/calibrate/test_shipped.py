@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from permattn.cli.demo.circuits import Grid
+from permattn.cli.demo.subject import CONSTRUCTED
 from permattn.models import PrefillConfig, patch
 from permattn.models.config import shipped_configs
 
 
 def test_there_are_some():
-    assert {"qwen2_5_vl", "qwen2_vl"} <= set(shipped_configs())
+    assert set(CONSTRUCTED) <= set(shipped_configs())
 
 
 def test_they_fit_any_size_and_say_what_they_were_built_on():
@@ -20,8 +23,10 @@ def test_they_fit_any_size_and_say_what_they_were_built_on():
         assert config.default.pattern != "dense"
 
 
-def test_a_shipped_config_runs(subject):
-    shipped = PrefillConfig.load("shipped", "qwen2_5_vl").model_copy(update={"min_q_len": 64})
+@pytest.mark.parametrize("name", CONSTRUCTED)
+def test_a_shipped_config_runs(name, make_subject):
+    subject = make_subject(name, Grid(12, 8, 8))
+    shipped = PrefillConfig.load("shipped", name).model_copy(update={"min_q_len": 64})
     with patch(subject.model, shipped) as handle, torch.no_grad():
         subject.model(**subject.inputs, use_cache=False, logits_to_keep=1)
     assert handle.stats["sparse"] == 2 and handle.stats["dense"] == 0
