@@ -37,6 +37,8 @@ _SPECIAL_SIZE = 8.0
 _TOWER_SIZE = 8.0
 # Visual tokens that the projector finds salient, at least and per token.
 _SALIENT, _SALIENT_SHARE = 4, 1 / 256
+# Directions of the visual content that are taken out.
+_STRONG = 4
 # How steeply a salient token's mark rises, in standard deviations of what it measures.
 _STEEP = 8.0
 
@@ -139,8 +141,13 @@ def _write_projector(
     hook = first.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     out = family.features(model, sample).float()
     hook.remove()
-    content = out[:, RESERVED:]
-    last.weight[RESERVED:].div_((content - content.mean(0)).std().to(last.weight))
+    content = out[:, RESERVED:] - out[:, RESERVED:].mean(0)
+    # A dark shot lies far from the mean, in few directions. Without those all norms are alike.
+    strong = torch.linalg.svd(content, full_matrices=False).Vh[:_STRONG]
+    content -= content @ strong.mT @ strong
+    weight = last.weight[RESERVED:].float()
+    weight -= strong.mT @ (strong @ weight)
+    last.weight[RESERVED:] = (weight / content.std()).to(last.weight)
     # Per wave cosine and sine have mean square 1 in all.
     code = out[:, CODE:RESERVED].square().sum(-1).mean().div(CODE_SIZE / 2).sqrt()
     last.weight[CODE:RESERVED].mul_((CODE_HEIGHT / code).to(last.weight))
