@@ -59,7 +59,8 @@ def test_state_follows_the_orders_of_queries():
 def test_fewer_heads_per_pass_need_less():
     shape = shape_of("grid", num_heads=8, num_kv_heads=4, num_tokens=8000)
     peaks = [layer_memory(shape, n).peak for n in (2, 4, 6, 8)]
-    assert peaks == sorted(peaks)
+    # All heads at once need no output of their own beside the layer's: about as much as six.
+    assert peaks[0] < peaks[1] < peaks[2] and peaks[1] < peaks[3]
     assert layer_memory(shape).peak == peaks[-1] == layer_memory(shape, 100).peak
     # A group of query heads is never cut.
     assert layer_memory(shape, 5).heads_per_pass == 4

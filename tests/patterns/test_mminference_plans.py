@@ -82,7 +82,7 @@ PROMPTS = {
     "audio-between": (
         280,
         280,
-        [[TokenRun(0, 30, "audio"), STAMPED, TokenRun(170, 20, "audio"), TokenGrid(195, 5, 3, 4)]],
+        [[TokenRun(0, 10, "audio"), STAMPED, TokenRun(170, 20, "audio"), TokenGrid(195, 5, 3, 4)]],
     ),
     "chunk-of-audio": (33, 203, [[STAMPED, TokenRun(160, 43, "audio")]]),
     "many-frames": (1060, 1060, [[TokenGrid(5, 520, 1, 2)]]),
@@ -227,6 +227,14 @@ def test_planning_never_waits_for_the_device_and_makes_nothing_quadratic(padding
             lambda q: plan_prefill(q, q, [[TokenRun(99, 1)]], [HeadPattern()] * 4),
             "starts at 99, past the 8 keys",
         ),
+        (
+            lambda q: plan_prefill(
+                q, q, [[TokenGrid(0, 2, 1, 2), TokenRun(3, 2)]], HEADS["blocks"]
+            ),
+            "claims tokens of another segment",
+        ),
+        (lambda q: plan_prefill(q[0], q, None, []), r"q: wants \[B, H, S, D\], got shape"),
+        (lambda q: plan_prefill(q, q[..., :4], None, HEADS["blocks"]), r"k: wants q's batch"),
         (lambda q: HeadPattern("gird"), "pattern: wants one of .* got 'gird'"),
         (lambda q: HeadPattern(local=0), "local: wants an integer >= 1, got 0"),
         (lambda q: HeadPattern(sink=-1), "sink: wants an integer >= 0, got -1"),
@@ -240,6 +248,9 @@ def test_planning_never_waits_for_the_device_and_makes_nothing_quadratic(padding
         "rows",
         "pads",
         "segment",
+        "overlap",
+        "axes",
+        "head-dim",
         "name",
         "local",
         "sink",

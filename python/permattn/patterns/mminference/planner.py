@@ -41,13 +41,22 @@ def plan_prefill(
     Returns: a plan on q's device. Causality is lower-right: query i sees keys 0..i + Skv - Sq.
 
     Raises:
-        ValueError: sizes that disagree; names the argument.
+        ValueError: sizes that disagree, segments that overlap or do not fit; names the argument.
+        TypeError: a dtype or a segment of the wrong kind.
 
     Invariants: parts are disjoint; every valid query sees at least itself; nothing of size Sq x Skv
     is made; nothing waits for the device.
     """
-    batch, num_heads, num_q, _ = q.shape
+    for name, x in (("q", q), ("k", k)):
+        if x.dim() != 4:
+            raise ValueError(f"{name}: wants [B, H, S, D], got shape {list(x.shape)}")
+    batch, num_heads, num_q, head_dim = q.shape
     num_kv = k.shape[2]
+    if (k.shape[0], k.shape[3], k.device) != (batch, head_dim, q.device):
+        raise ValueError(
+            f"k: wants q's batch, head dim and device ({batch}, {head_dim}, {q.device}), "
+            f"got {k.shape[0]}, {k.shape[3]}, {k.device}"
+        )
     if num_q > num_kv:
         raise ValueError(f"q: wants at most as many rows as keys ({num_kv}), got {num_q}")
     if num_heads % max(k.shape[1], 1) or k.shape[1] == 0:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from permattn.core import Segment, TokenGrid
+from permattn.core import Segment, TokenGrid, TokenRun
 
 MAX_TEXT_TAIL = 1024
 # An image repeats its rows; smaller ones hold too few keys to be worth lines of their own.
@@ -133,13 +133,20 @@ def describe_prompt(
     """The prompt of one call; all layers of a model share it.
 
     Raises:
-        ValueError: pads that leave no room, or a segment that starts past the keys.
+        ValueError: pads that leave no room, a segment that starts past the keys, or two that claim
+            the same token.
+        TypeError: what is no segment.
     """
+    for i, row in enumerate(rows):
+        for segment in row:
+            if not isinstance(segment, (TokenGrid, TokenRun)):
+                raise TypeError(f"rows[{i}]: wants TokenGrid and TokenRun, got {segment!r}")
     names = list(dict.fromkeys([TEXT, *(s.modality for row in rows for s in row)]))
     first, stop, grids = [], [], []
     # Cached tensors outlive the call: they must not be inference tensors.
     with torch.inference_mode(False):
         modality = torch.zeros(len(rows), num_kv, dtype=torch.int16)
+        claimed = torch.zeros(len(rows), num_kv, dtype=torch.bool)
         for i, segments in enumerate(rows):
             if left_pad[i] < 0 or right_pad[i] < 0 or left_pad[i] + right_pad[i] > num_kv:
                 raise ValueError(
@@ -154,13 +161,19 @@ def describe_prompt(
                     raise ValueError(
                         f"rows[{i}]: a segment starts at {segment.start}, past the {num_kv} keys"
                     )
+                if isinstance(segment, TokenGrid):
+                    token = segment.token_of_rank()
+                else:
+                    token = torch.arange(segment.start, segment.stop)
+                token = token[token < num_kv]
+                if bool(claimed[i, token].any()):
+                    raise ValueError(f"rows[{i}]: {segment} claims tokens of another segment")
+                claimed[i, token] = True
                 number = names.index(segment.modality)
-                if not isinstance(segment, TokenGrid):
-                    modality[i, segment.start : segment.stop] = number
-                    continue
-                token = segment.token_of_rank()
-                token = token[(token >= first[i]) & (token < stop[i])]
                 modality[i, token] = number
+                if not isinstance(segment, TokenGrid):
+                    continue
+                token = token[(token >= first[i]) & (token < stop[i])]
                 repeats = segment.frames > 1 or segment.num_tokens >= MIN_IMAGE_TOKENS
                 if repeats and len(token) > 0:
                     found.append(_video(segment, token, number, device))
