@@ -203,16 +203,25 @@ def test_another_class_can_be_constructed(tmp_path, capsys):
     assert "constructed weights" in made_on
 
 
-def test_made_videos_differ_and_share_the_model():
+@pytest.mark.parametrize(
+    "model, pixels",
+    [
+        (None, "pixel_values_videos"),
+        ("constructed:qwen3_vl", "pixel_values_videos"),
+        ("constructed:internvl", "pixel_values"),
+    ],
+    ids=["default", "qwen3_vl", "internvl"],
+)
+def test_made_videos_differ_and_share_the_model(model, pixels):
     from permattn.cli.prompts import PromptOptions, prepare, progress_bar
     from rich.console import Console
     from torch import device, float32
 
-    options = PromptOptions(None, (), 2, 300, None)
+    options = PromptOptions(model, (), 2, 300, None)
     with progress_bar(Console(quiet=True)) as progress:
         first, second = prepare(options, progress, device=device("cpu"), dtype=float32)
     assert first.model is second.model
-    a, b = (s.inputs["pixel_values_videos"] for s in (first, second))
+    a, b = (s.inputs[pixels] for s in (first, second))
     assert a.shape == b.shape and not bool((a == b).all())
 
 
