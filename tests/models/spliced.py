@@ -171,17 +171,21 @@ class FlashModel(Qwen2Model):
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
+        cache=None,
         **kwargs,
     ):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        offset = past_key_values.get_seq_length()
+        # transformers 5.24 renamed the argument, here and in what this class calls.
+        past = {"past_key_values": past_key_values} if cache is None else {"cache": cache}
+        (held,) = past.values()
+        offset = held.get_seq_length()
         position_ids = torch.arange(offset, offset + hidden.shape[1])[None]
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=None,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **past,
         )
         for number, layer in enumerate(self.layers):
             layers = self.config.llm_compress_layer_list if self.config.mm_llm_compress else ()
@@ -193,12 +197,12 @@ class FlashModel(Qwen2Model):
                 hidden,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=self.rotary_emb(hidden, position_ids),
+                **past,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(self.norm(hidden), past_key_values)
+        return BaseModelOutputWithPast(self.norm(hidden), held)
 
 
 class FlashForCausalLM(LlavaQwenForCausalLM):
