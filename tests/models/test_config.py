@@ -209,6 +209,18 @@ def test_layer_without_softmax(case_of):
         patch(model, config)
 
 
+def test_a_dense_head_with_a_sparse_modality_is_not_dense(case_of):
+    case = case_of("qwen2_5_vl")
+    head = {"pattern": "dense", "boundary": "q", "when": {"vision": {"pattern": "a_shape"}}}
+    with patch(case.model, {"min_q_len": 2, "default": head}, backend="reference") as handle:
+        logits(case)
+        assert handle.stats["sparse"] == 2 and not handle.stats["dense"]
+    head = {"pattern": "dense", "boundary": "q", "when": {"vision": {"pattern": "dense"}}}
+    with patch(case.model, {"min_q_len": 2, "default": head}, backend="reference") as handle:
+        logits(case)
+        assert handle.stats["dense_reasons"] == {"dense layer (config)": 2}
+
+
 def test_layers_and_lengths_that_stay_dense(case_of):
     case = case_of("qwen2_5_vl")
     with patched(case.model, dense_layers=[0]) as handle:

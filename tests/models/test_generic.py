@@ -48,6 +48,8 @@ def test_text(name):
         want, tokens = logits(case), generate(case, max_new_tokens=2)
     except AttributeError as e:
         # transformers 5.24 asks a text output of Llama 4 for its images.
+        if name != "llama4" or "image_outputs" not in str(e):
+            raise
         pytest.skip(f"this transformers cannot run {name} itself: {e}")
     with patched(case.model) as handle:
         got = logits(case)

@@ -273,3 +273,33 @@ def test_two_plans_of_one_prompt_are_the_same(kind):
         again = plan_prefill(q, k, rows, HEADS[kind])
         for one, other in zip(tree_leaves(first), tree_leaves(again), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"strides": (2.5,)}, r"strides: wants 'frame', 'row' or an integer >= 2, got 2\.5"),
+        ({"strides": (True,)}, "strides: .* got True"),
+        ({"strides": (0,)}, "strides: .* got 0"),
+        ({"strides": "frame"}, "strides: wants a sequence, got 'frame'"),
+        ({"coverage": 0.0}, r"coverage: wants None or a share in \(0, 1\], got 0\.0"),
+        ({"coverage": "0.9"}, "coverage: .* got '0.9'"),
+        ({"coverage": float("nan")}, "coverage: .* got nan"),
+        ({"h": 1}, "h: wants True or False, got 1"),
+        ({"boundary": "3d"}, "boundary: wants one of .* got '3d'"),
+        ({"when": {"text": DENSE}}, "boundary 'none' has one pattern for all modalities"),
+        ({"boundary": "q", "when": {"text,vision": DENSE}}, "boundary 'q' wants '<modality>'"),
+        ({"boundary": "2d", "when": {"text": DENSE}}, "wants '<query modality>,<key modality>'"),
+        ({"boundary": "q", "when": {"text": "dense"}}, "when.'text'.: wants a HeadPattern"),
+    ],
+    ids=lambda x: "-".join(map(str, x)) if isinstance(x, dict) else None,
+)
+def test_bad_fields_of_a_head_are_named(fields, match):
+    with pytest.raises(ValueError, match=match):
+        HeadPattern(**fields)
+
+
+def test_what_is_no_segment_is_named():
+    q = torch.randn(1, 4, 8, 16)
+    with pytest.raises(TypeError, match=r"rows\[0\]: wants TokenGrid and TokenRun, got 'video'"):
+        plan_prefill(q, q, [["video"]], HEADS["blocks"])

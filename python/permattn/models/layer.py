@@ -96,7 +96,7 @@ class LayerState(NotCopyable):
     @property
     def always_dense(self) -> bool:
         """Whether the config leaves nothing to plan."""
-        return all(head.pattern == "dense" for head in self.heads)
+        return all(head.is_dense for head in self.heads)
 
 
 def attend_planned(

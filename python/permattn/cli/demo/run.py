@@ -21,7 +21,7 @@ from permattn.cli.demo.files import prepare_folder, write_whole
 from permattn.cli.demo.measure import Meter, Result, Times, memory_note
 from permattn.cli.demo.report import Report, print_report
 from permattn.cli.demo.subject import SheetHead, Subject, choose_grid, constructed_subject
-from permattn.cli.errors import UserError, one_line
+from permattn.cli.errors import UserError, memory_errors
 from permattn.cli.options import check_backend, parse_device, parse_dtype
 from permattn.core import Problem
 
@@ -53,12 +53,8 @@ def show(options: Options, *, as_json: bool) -> None:
     """
     # Progress and remarks go to stderr: stdout holds the report alone.
     remarks = Console(stderr=True)
-    try:
+    with memory_errors():
         report, sheet = _run(options, remarks)
-    except (RuntimeError, MemoryError) as e:
-        if isinstance(e, MemoryError) or "alloc" in str(e) or "out of memory" in str(e):
-            raise UserError(f"not enough memory ({one_line(e)}); use fewer --tokens") from e
-        raise
     if as_json:
         print(json.dumps(report.to_json(), indent=2))
         return

@@ -19,7 +19,7 @@ from permattn.cli.calibrate.table import print_heads
 from permattn.cli.demo.compare import Drawn
 from permattn.cli.demo.files import prepare_folder, write_whole
 from permattn.cli.demo.subject import SheetHead
-from permattn.cli.errors import UserError, one_line
+from permattn.cli.errors import user_errors
 from permattn.cli.options import check_backend, parse_device, parse_dtype
 from permattn.cli.prompts import PromptOptions, prepare, progress_bar
 from permattn.cli.report.sheet import draw_report
@@ -46,14 +46,8 @@ def show(options: Options, *, as_json: bool) -> None:
         UserError: bad input, in one line.
     """
     remarks = Console(stderr=True)
-    try:
+    with user_errors():
         result, title = _run(options, remarks)
-    except (ValueError, TypeError) as e:
-        raise UserError(str(e)) from e
-    except (RuntimeError, MemoryError) as e:
-        if isinstance(e, MemoryError) or "alloc" in str(e) or "out of memory" in str(e):
-            raise UserError(f"not enough memory ({one_line(e)}); use fewer --tokens") from e
-        raise
     if as_json:
         print(json.dumps(result.to_json(), indent=2))
         return

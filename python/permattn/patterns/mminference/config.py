@@ -72,8 +72,11 @@ class HeadPattern:
         # Without the diagonal a row could see nothing at all.
         _integer("local", self.local, 1)
         share = self.coverage
-        if share is not None and (isinstance(share, bool) or not 0.0 < share <= 1.0):
-            raise ValueError(f"HeadPattern.coverage: wants None or a share in (0, 1], got {share}")
+        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        if share is not None and not (number and 0.0 < share <= 1.0):
+            raise ValueError(
+                f"HeadPattern.coverage: wants None or a share in (0, 1], got {share!r}"
+            )
         for name in ("h", "v", "s"):
             if not isinstance(getattr(self, name), bool):
                 value = getattr(self, name)
@@ -82,8 +85,11 @@ class HeadPattern:
             raise ValueError(f"HeadPattern.strides: wants a sequence, got {self.strides!r}")
         object.__setattr__(self, "strides", tuple(self.strides))
         for stride in self.strides:
-            named = stride in ("frame", "row")
-            if not named and (isinstance(stride, (bool, str)) or stride < 2):
+            if isinstance(stride, str):
+                known = stride in ("frame", "row")
+            else:
+                known = isinstance(stride, int) and not isinstance(stride, bool) and stride >= 2
+            if not known:
                 raise ValueError(
                     f"HeadPattern.strides: wants 'frame', 'row' or an integer >= 2, got {stride!r}"
                 )
@@ -110,6 +116,11 @@ class HeadPattern:
         """The pattern of queries of one modality over keys of another."""
         name = {"q": query, "2d": f"{query},{key}"}.get(self.boundary)
         return dict(self.when).get(name, self) if name else self
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it keeps everything, whatever the modality."""
+        return all(h.pattern == "dense" for h in (self, *dict(self.when).values()))
 
     @property
     def seeks_grid(self) -> bool:
