@@ -22,7 +22,8 @@ def test_opcheck(plan, backend):
     q, k, v = inputs(plan.num_q_tokens, plan.num_kv_tokens)
     tensors, ints = pack_plan(plan)
     torch.library.opcheck(
-        torch.ops.permattn.sparse_attention.default, (q, k, v, tensors, ints, 0.25, backend)
+        torch.ops.permattn.sparse_attention.default,
+        (q, k, v, tensors, ints, [], [], [], 0.25, backend),
     )
 
 

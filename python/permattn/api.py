@@ -12,6 +12,7 @@ from permattn.backends import resolve
 from permattn.core.packing import pack_plan
 from permattn.core.plan import AttnPlan
 from permattn.core.problem import Problem
+from permattn.core.prologue import Prologue, pack_prologue
 from permattn.ops import register_flop_formulas, sparse_attention_op
 
 Pattern = AttnPlan | Callable[..., AttnPlan]
@@ -25,6 +26,7 @@ def sparse_attention(
     *,
     scale: float | None = None,
     backend: str = "auto",
+    prologue: Prologue | None = None,
 ) -> Tensor:
     """Attention of the (query, key) pairs that a plan lists, under one softmax.
 
@@ -35,6 +37,8 @@ def sparse_attention(
         plan: made for Sq queries and Skv keys, on the same device.
         scale: multiplies q k^T; None = 1 / sqrt(D).
         backend: "auto", "triton", "cpu" or "reference". A named backend never falls back.
+        prologue: norm and rotary embedding that q and k still have to go through; a backend does it
+            in the pass that permutes and quantises.
 
     Returns: [B, Hq, Sq, Dv] in q's dtype. A query that sees no key gets 0.
 
@@ -45,7 +49,9 @@ def sparse_attention(
 
     Invariants: differentiable in q, k and v. Inputs are never modified. Two runs are bit-identical.
     """
-    return sparse_attention_with_lse(q, k, v, plan, scale=scale, backend=backend)[0]
+    return sparse_attention_with_lse(
+        q, k, v, plan, scale=scale, backend=backend, prologue=prologue
+    )[0]
 
 
 def sparse_attention_with_lse(
@@ -56,6 +62,7 @@ def sparse_attention_with_lse(
     *,
     scale: float | None = None,
     backend: str = "auto",
+    prologue: Prologue | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sparse_attention`, and the log-sum-exp of the scaled scores of every query.
 
@@ -68,12 +75,17 @@ def sparse_attention_with_lse(
     _check_plan(q, k, plan)
     scale = _check_scale(scale, q.shape[3])
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    _check_prologue(q, k, prologue)
+    trained = [q, k, v, *pack_prologue(prologue)[0]]
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in trained)
+    if needs_grad and prologue is not None:
+        q, k = (x if t is None else t(x).to(x.dtype) for x, t in ((q, prologue.q), (k, prologue.k)))
+        prologue = None
     name = resolve(Problem.of(q, k, v, plan, needs_grad=needs_grad), backend)
     tensors, ints = pack_plan(plan)
     if not torch.compiler.is_compiling():
         register_flop_formulas()
-    return sparse_attention_op(q, k, v, tensors, ints, scale, name)
+    return sparse_attention_op(q, k, v, tensors, ints, *pack_prologue(prologue), scale, name)
 
 
 def scaled_dot_product_attention(
@@ -211,6 +223,16 @@ def _check_plan(q: Tensor, k: Tensor, plan: AttnPlan) -> None:
                     raise ValueError(
                         f"plan.parts[{i}]: {what} axis must be 1 or {want}, got {x.shape[axis]}"
                     )
+
+
+def _check_prologue(q: Tensor, k: Tensor, prologue: Prologue | None) -> None:
+    if prologue is None:
+        return
+    if not isinstance(prologue, Prologue):
+        raise TypeError(f"prologue: wants a Prologue or None, got {type(prologue).__name__}")
+    for name, x, transform in (("q", q, prologue.q), ("k", k, prologue.k)):
+        if transform is not None:
+            transform.check(name, x)
 
 
 def _check_scale(scale: float | None, head_dim: int) -> float:

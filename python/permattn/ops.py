@@ -1,6 +1,7 @@
 """The torch.compile wall: operator schemas, fake kernels, autograd and the FLOP formula.
 
-A plan passes it in flat form, as tensors and integers (`core.packing`).
+A plan and a prologue pass it in flat form, as tensors and numbers (`core.packing`,
+`core.prologue`). Gradients never meet a prologue: the front door applies it before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from permattn.backends import BACKENDS
 from permattn.core.packing import INTS_PER_PART, TENSORS_PER_PART, unpack_plan
 from permattn.core.problem import BwdArgs, FwdArgs, empty_out, lse_dtype
+from permattn.core.prologue import unpack_prologue
 
 
 @torch.library.custom_op("permattn::sparse_attention", mutates_args=())
@@ -23,15 +25,19 @@ def sparse_attention_op(
     v: Tensor,
     plan_tensors: Sequence[Tensor],
     plan_ints: Sequence[int],
+    prologue_tensors: Sequence[Tensor],
+    prologue_ints: Sequence[int],
+    prologue_floats: Sequence[float],
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     plan = unpack_plan(plan_tensors, plan_ints)
-    return BACKENDS[backend].forward(FwdArgs(q, k, v, plan, scale))
+    prologue = unpack_prologue(prologue_tensors, prologue_ints, prologue_floats)
+    return BACKENDS[backend].forward(FwdArgs(q, k, v, plan, scale, prologue))
 
 
 @sparse_attention_op.register_fake
-def _(q, k, v, plan_tensors, plan_ints, scale, backend):
+def _(q, k, v, plan_tensors, plan_ints, p_tensors, p_ints, p_floats, scale, backend):
     return empty_out(q, v), q.new_empty(q.shape[:3], dtype=lse_dtype(q))
 
 
@@ -64,11 +70,11 @@ def _(q, k, v, out, lse, dout, dlse, plan_tensors, plan_ints, scale, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, plan_tensors, plan_ints, scale, backend = inputs
+    q, k, v, plan_tensors, plan_ints, prologue_tensors, _, _, scale, backend = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, *plan_tensors)
     ctx.plan_ints, ctx.scale, ctx.backend = plan_ints, scale, backend
-    ctx.num_plan_tensors = len(plan_tensors)
+    ctx.num_plan_tensors, ctx.num_prologue_tensors = len(plan_tensors), len(prologue_tensors)
 
 
 def _backward(ctx, dout, dlse):
@@ -78,7 +84,8 @@ def _backward(ctx, dout, dlse):
     dq, dk, dv = sparse_attention_backward_op(
         q, k, v, out, lse, dout, dlse, plan_tensors, ctx.plan_ints, ctx.scale, ctx.backend
     )
-    return dq, dk, dv, [None] * ctx.num_plan_tensors, None, None, None
+    plan, prologue = [None] * ctx.num_plan_tensors, [None] * ctx.num_prologue_tensors
+    return dq, dk, dv, plan, None, prologue, None, None, None, None
 
 
 sparse_attention_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,7 +1,7 @@
 """Backends compete: each says why it cannot run a problem; a named one never falls back.
 
-A backend is a module in this folder with `NAME`, `why_not`, `forward`, `backward`, `why_not_probe`
-and `probe`. Modules import nothing heavy at the top: kernels are imported inside functions.
+A backend is a module in this folder with `NAME`, `why_not`, `forward`, `backward`, `prepare`,
+`why_not_probe` and `probe`. Modules import nothing heavy at the top: kernels are imported inside functions.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from permattn.backends import cpu, reference, triton
+from permattn.core.prepare import PrepareArgs, Prepared
 from permattn.core.probe import Masses, ProbeArgs, ProbeProblem
 from permattn.core.problem import BwdArgs, FwdArgs, Problem
 
@@ -28,6 +29,9 @@ class Backend(Protocol):
 
     def backward(self, args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv in the shapes and dtypes of q, k, v."""
+
+    def prepare(self, args: PrepareArgs) -> Prepared:
+        """Rows transformed, permuted and quantised; `core.quant.quantise` to the last bit."""
 
     def why_not_probe(self, problem: ProbeProblem) -> str | None:
         """As `why_not`, of a probe."""

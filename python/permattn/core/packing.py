@@ -9,12 +9,12 @@ from torch import Tensor
 from permattn.core.block_index import BlockIndex
 from permattn.core.permutation import Permutation
 from permattn.core.plan import AttnPart, AttnPlan, TokenBand
-from permattn.core.quant import QuantSpec
+from permattn.core.quant import PvFormat, QkFormat, QuantSpec
 
 TENSORS_PER_PART = 7
 INTS_PER_PART = 9
-_QK = ("none", "int8", "int4")
-_PV = ("none", "fp8", "int8", "int4")
+_QK: tuple[QkFormat, ...] = ("none", "int8", "int4")
+_PV: tuple[PvFormat, ...] = ("none", "fp8", "int8", "int4")
 
 
 def pack_plan(plan: AttnPlan) -> tuple[list[Tensor], list[int]]:
@@ -26,7 +26,7 @@ def pack_plan(plan: AttnPlan) -> tuple[list[Tensor], list[int]]:
         _PV.index(quant.pv),
         quant.q_rows_per_scale,
         quant.kv_rows_per_scale,
-        int(quant.smooth_k),
+        int(quant.smooth_k) + 2 * int(quant.balance),
     ]
     for part, group in zip(plan.parts, plan.q_groups(), strict=True):
         tensors += part.tensors()
@@ -47,7 +47,8 @@ def pack_plan(plan: AttnPlan) -> tuple[list[Tensor], list[int]]:
 
 def unpack_plan(tensors: Sequence[Tensor], ints: Sequence[int]) -> AttnPlan:
     """The inverse of pack_plan; parts of one group share their q_perm object again."""
-    quant = QuantSpec(_QK[ints[0]], _PV[ints[1]], ints[2], ints[3], bool(ints[4]))  # type: ignore[arg-type]
+    qk, pv = _QK[ints[0]], _PV[ints[1]]
+    quant = QuantSpec(qk, pv, ints[2], ints[3], bool(ints[4] & 1), bool(ints[4] & 2))
     parts = []
     group_perm: dict[int, Permutation] = {}
     for i in range(len(tensors) // TENSORS_PER_PART):

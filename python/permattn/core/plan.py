@@ -78,7 +78,7 @@ class AttnPlan:
         parts: disjoint sets of (query, key) pairs. They are kept in an order of their own (by
             sizes and bands), so that the order in which they are given changes no bit of a result;
             parts of the same sizes and band keep the given order.
-        quant: numerics.
+        quant: numerics; its scales must divide the blocks of every part.
         validate: check every index value now (a few device syncs). Planners that made the values
             themselves switch it off.
 
@@ -105,6 +105,7 @@ class AttnPlan:
                 raise ValueError(
                     f"AttnPlan.parts[{i}]: made for (Sq, Skv) = {sizes}, the first part for {want}"
                 )
+            self.quant.check_blocks(part.index.block_q, part.index.block_kv)
             devices = {x.device for x in part.tensors()} | {first.index.kv_indices.device}
             if len(devices) != 1:
                 raise ValueError(f"AttnPlan.parts[{i}]: tensors lie on {sorted(map(str, devices))}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from permattn.core.plan import AttnPlan
+from permattn.core.prologue import Prologue
 from permattn.core.quant import QuantSpec
 
 
@@ -46,13 +47,18 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class FwdArgs:
-    """q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv], any strides, last one 1."""
+    """q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv], any strides, last one 1.
+
+    `prologue` is what q and k still have to go through; a backend fuses it with what it does to
+    rows anyway.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     plan: AttnPlan
     scale: float
+    prologue: Prologue | None = None
 
 
 @dataclass(frozen=True, eq=False)
