@@ -70,11 +70,13 @@ def _(q, k, v, out, lse, dout, dlse, plan_tensors, plan_ints, scale, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, plan_tensors, plan_ints, prologue_tensors, _, _, scale, backend = inputs
+    q, k, v, plan_tensors, plan_ints, *prologue, scale, backend = inputs
+    if any(prologue):
+        raise NotImplementedError("sparse_attention: a prologue has no gradients; apply it before")
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, *plan_tensors)
     ctx.plan_ints, ctx.scale, ctx.backend = plan_ints, scale, backend
-    ctx.num_plan_tensors, ctx.num_prologue_tensors = len(plan_tensors), len(prologue_tensors)
+    ctx.num_plan_tensors = len(plan_tensors)
 
 
 def _backward(ctx, dout, dlse):
@@ -84,8 +86,8 @@ def _backward(ctx, dout, dlse):
     dq, dk, dv = sparse_attention_backward_op(
         q, k, v, out, lse, dout, dlse, plan_tensors, ctx.plan_ints, ctx.scale, ctx.backend
     )
-    plan, prologue = [None] * ctx.num_plan_tensors, [None] * ctx.num_prologue_tensors
-    return dq, dk, dv, plan, None, prologue, None, None, None, None
+    # For torch an empty list is a list of tensors, whatever the schema says.
+    return dq, dk, dv, [None] * ctx.num_plan_tensors, None, [], [], [], None, None
 
 
 sparse_attention_op.register_autograd(_backward, setup_context=_setup_context)

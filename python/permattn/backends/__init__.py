@@ -1,7 +1,8 @@
 """Backends compete: each says why it cannot run a problem; a named one never falls back.
 
 A backend is a module in this folder with `NAME`, `why_not`, `forward`, `backward`, `prepare`,
-`why_not_probe` and `probe`. Modules import nothing heavy at the top: kernels are imported inside functions.
+`why_not_probe` and `probe`. Modules import nothing heavy at the top: kernels are imported inside
+functions.
 """
 
 from __future__ import annotations
