@@ -22,12 +22,21 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "probe": frozenset({"core", "backends"}),
     "patterns": frozenset({"core", "ops", "probe"}),
     "api": frozenset({"core", "ops", "backends"}),
-    "models": frozenset({"core", "patterns", "api"}),
-    "calibrate": frozenset({"core", "probe", "patterns", "api", "models"}),
+    "models": frozenset({"core", "patterns", "api", "paro_file"}),
+    "calibrate": frozenset(
+        {"core", "probe", "block_mass", "patterns", "api", "models", "paro_file"}
+    ),
     "cli": frozenset(
-        {"core", "ops", "backends", "probe", "patterns", "api", "models", "calibrate"}
+        {
+            *("core", "ops", "backends", "probe", "block_mass", "patterns", "api", "models"),
+            *("calibrate", "paro_file", "paro"),
+        }
     ),
     "plan_file": frozenset({"core"}),
+    "block_mass": frozenset({"core", "backends"}),
+    "paro_file": frozenset({"core", "patterns", "plan_file"}),
+    # A front door of its own: names of other rooms, loaded on first use.
+    "paro": frozenset({"core", "patterns", "models", "calibrate", "paro_file"}),
     "testing": frozenset({"core", "ops", "backends", "api"}),
 }
 # Room -> what it may import from outside the standard library; rooms not named here are free.
@@ -39,6 +48,8 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "patterns": frozenset({"torch"}),
     "api": frozenset({"torch"}),
     "plan_file": frozenset({"torch", "safetensors"}),
+    "paro_file": frozenset({"torch"}),
+    "block_mass": frozenset({"torch"}),
 }
 # Modules below these do not see each other: a backend is one file, a system one file or folder.
 NO_SIDEWAYS = ("permattn.backends.", "permattn.patterns.", "permattn.models.families.")

@@ -30,7 +30,6 @@ def save_plan(plan: AttnPlan, path: str | os.PathLike[str]) -> None:
     Raises:
         RuntimeError: the safetensors package is missing.
     """
-    safetensors = _safetensors()
     perms, numbers = plan.distinct_permutations()
     tensors: dict[str, Tensor] = {}
     parts = []
@@ -58,14 +57,7 @@ def save_plan(plan: AttnPlan, path: str | os.PathLike[str]) -> None:
         "parts": parts,
         "quant": asdict(plan.quant),
     }
-    stored = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        safetensors.torch.save_file(stored, partial, metadata={_KEY: json.dumps(header)})
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_tensors(path, tensors, {_KEY: json.dumps(header)})
 
 
 def load_plan(path: str | os.PathLike[str], device: torch.device | str | None = None) -> AttnPlan:
@@ -76,16 +68,7 @@ def load_plan(path: str | os.PathLike[str], device: torch.device | str | None = 
         ValueError: a damaged or foreign file, another format version, or values that fit no plan.
         RuntimeError: the safetensors package is missing.
     """
-    safetensors = _safetensors()
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no plan file at {path}")
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as f:
-            metadata = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except Exception as e:  # the package raises its own types for every kind of damage
-        raise ValueError(f"{path}: not a readable safetensors file ({e})") from None
+    tensors, metadata = read_tensors(path)
     if _KEY not in metadata:
         raise ValueError(f"{path}: a safetensors file, but not one with a permattn plan")
     try:
@@ -120,6 +103,41 @@ def _build(header: dict, tensors: dict[str, Tensor]) -> AttnPlan:
         band = TokenBand(part["min_lag"], part["max_lag"])
         parts.append(AttnPart(perms[part["q_perm"]], perms[part["kv_perm"]], index, band))
     return AttnPlan(tuple(parts), QuantSpec(**header["quant"]))
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Writes a safetensors file that appears whole or not at all."""
+    safetensors = _safetensors()
+    stored = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        safetensors.torch.save_file(stored, partial, metadata=metadata)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read.
+        RuntimeError: the safetensors package is missing.
+    """
+    safetensors = _safetensors()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no plan file at {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as f:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            return tensors, f.metadata() or {}
+    except Exception as e:  # the package raises its own types for every kind of damage
+        raise ValueError(f"{path}: not a readable safetensors file ({e})") from None
 
 
 def _safetensors() -> ModuleType:

@@ -79,13 +79,33 @@ class BlockIndex:
         return _compact(kv_indices, used, kv_num_full, block_q, block_kv)
 
     @classmethod
-    def from_block_mask(cls, mask: Tensor, block_q: int, block_kv: int) -> BlockIndex:
-        """From bool [Bx, Hx, nQ, nKV] (or fewer leading axes); all blocks partial."""
+    def from_block_mask(
+        cls,
+        mask: Tensor,
+        block_q: int,
+        block_kv: int,
+        *,
+        full: bool = False,
+        capacity: int | None = None,
+    ) -> BlockIndex:
+        """From a mask of blocks.
+
+        Args:
+            mask: bool [Bx, Hx, nQ, nKV], or fewer leading axes.
+            full: all blocks are full, not partial: nobody needs the token rule.
+            capacity: at least the listed blocks of the fullest head, where the host knows it;
+                None = nQ * nKV.
+        """
         while mask.dim() < 4:
             mask = mask[None]
+        mask = mask.bool()
         column = torch.arange(mask.shape[-1], device=mask.device, dtype=torch.int32)
-        num_full = torch.zeros(mask.shape[:3], dtype=torch.int32, device=mask.device)
-        return _compact(column.expand(mask.shape), mask.bool(), num_full, block_q, block_kv)
+        num_full = mask.sum(-1) if full else torch.zeros_like(mask[..., 0], dtype=torch.int32)
+        index = _compact(column.expand(mask.shape), mask, num_full, block_q, block_kv)
+        if capacity is None:
+            return index
+        kept = index.kv_indices[..., :capacity].clone()
+        return cls(kept, index.row_offsets, index.kv_num_full, block_q, block_kv)
 
     @classmethod
     def from_ranges(
