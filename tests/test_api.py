@@ -79,10 +79,13 @@ def test_an_explicit_backend_never_falls_back_and_lists_why():
     problem = Problem("cpu", torch.float32, 4, 2, 16, 16, ((64, 64),))
     assert set(reasons(problem)) == set(AUTO_ORDER)
     assert resolve(problem, "auto") in AUTO_ORDER
+    quant = pa.QuantSpec(qk="int8")
     quantised = Problem(
-        "cpu", torch.float32, 4, 2, 16, 16, ((64, 64),), quant=pa.QuantSpec(qk="int8")
+        "cpu", torch.float32, 4, 2, 16, 16, ((64, 64),), quant=quant, needs_grad=True
     )
-    with pytest.raises(NotImplementedError, match=r"triton: .*cpu: .*reference: does not quantise"):
+    with pytest.raises(
+        NotImplementedError, match=r"triton: .*cpu: .*reference: .* has no gradients"
+    ):
         resolve(quantised, "auto")
     with pytest.raises(NotImplementedError, match="'reference' cannot run this problem"):
         resolve(quantised, "reference")

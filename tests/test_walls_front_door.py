@@ -12,7 +12,10 @@ import permattn
 import pytest
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "api.md"
-HEAVY = ("triton", "transformers", "pydantic", "rich", "typer", "matplotlib", "safetensors", "av")
+HEAVY = (
+    *("triton", "transformers", "diffusers", "pydantic", "rich", "typer", "matplotlib"),
+    *("safetensors", "av"),
+)
 
 PROBE = """
 import json, sys, time

@@ -1,5 +1,6 @@
 """permattn: fast sparse attention for long visual prompts. See README.md and docs/."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from permattn._version import __version__
@@ -19,6 +20,7 @@ from permattn.core import (
     TokenGrid,
     TokenRun,
 )
+from permattn.core.prologue import Prologue, RowTransform
 from permattn.patterns.dense import plan_dense
 from permattn.patterns.flexprefill import plan_flexprefill
 from permattn.patterns.mminference import (
@@ -29,30 +31,39 @@ from permattn.patterns.mminference import (
     plan_tri_shape,
     plan_vertical_slash,
 )
+from permattn.patterns.paro import ParoPlan, plan_paro
 from permattn.patterns.xattention import plan_xattention
 from permattn.plan_file import load_plan, save_plan
 
 if TYPE_CHECKING:
+    from permattn import paro
     from permattn.models import patch, unpatch
+    from permattn.models.diffusion import apply_paro
 
 __all__ = [
     "AttnPart",
     "AttnPlan",
     "BlockIndex",
     "HeadPattern",
+    "ParoPlan",
     "Permutation",
+    "Prologue",
     "QuantSpec",
+    "RowTransform",
     "TokenBand",
     "TokenGrid",
     "TokenRun",
     "__version__",
+    "apply_paro",
     "load_plan",
+    "paro",
     "patch",
     "permute_tokens",
     "plan_a_shape",
     "plan_dense",
     "plan_flexprefill",
     "plan_grid_prefill",
+    "plan_paro",
     "plan_prefill",
     "plan_tri_shape",
     "plan_vertical_slash",
@@ -66,9 +77,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`patch` and `unpatch` on first use: they import transformers, which costs seconds."""
+    """What imports a model library, which costs seconds, on first use."""
     if name in ("patch", "unpatch"):
         from permattn import models
 
         return getattr(models, name)
+    if name == "apply_paro":
+        from permattn.models import diffusion
+
+        return diffusion.apply_paro
+    if name == "paro":
+        return import_module("permattn.paro")
     raise AttributeError(f"module 'permattn' has no attribute {name!r}")

@@ -100,7 +100,9 @@ class BlockIndex:
             mask = mask[None]
         mask = mask.bool()
         column = torch.arange(mask.shape[-1], device=mask.device, dtype=torch.int32)
-        num_full = mask.sum(-1) if full else torch.zeros_like(mask[..., 0], dtype=torch.int32)
+        num_full = mask.sum(-1, dtype=torch.int32)
+        if not full:
+            num_full = torch.zeros_like(num_full)
         index = _compact(column.expand(mask.shape), mask, num_full, block_q, block_kv)
         if capacity is None:
             return index
