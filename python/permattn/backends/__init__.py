@@ -1,17 +1,18 @@
 """Backends compete: each says why it cannot run a problem; a named one never falls back.
 
 A backend is a module in this folder with `NAME`, `why_not`, `forward`, `backward`, `prepare`,
-`why_not_probe` and `probe`. Modules import nothing heavy at the top: kernels are imported inside
-functions.
+`why_not_probe` and `probe`; one that can also measure block masses has `why_not_block_mass` and
+`block_mass`. Modules import nothing heavy at the top: kernels are imported inside functions.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import Tensor
 
 from permattn.backends import cpu, reference, triton
+from permattn.core.block_mass import BlockMassArgs, BlockMassProblem, Blocks
 from permattn.core.prepare import PrepareArgs, Prepared
 from permattn.core.probe import Masses, ProbeArgs, ProbeProblem
 from permattn.core.problem import BwdArgs, FwdArgs, Problem
@@ -41,22 +42,43 @@ class Backend(Protocol):
         """lse, column, square and diagonal of `core.probe.ProbeMass`; nothing of size R x Skv."""
 
 
+class BlockMassBackend(Protocol):
+    """What a module of this folder may offer beside: a backend for calibration."""
+
+    def why_not_block_mass(self, problem: BlockMassProblem) -> str | None:
+        """As `Backend.why_not`, of a measurement."""
+
+    def block_mass(self, args: BlockMassArgs) -> Blocks:
+        """sums, maxima and small of `core.block_mass.BlockMass`; nothing of size Sq x Skv."""
+
+
+AnyProblem = Problem | ProbeProblem | BlockMassProblem
+
 BACKENDS: dict[str, Backend] = {m.NAME: m for m in (triton, cpu, reference)}
 AUTO_ORDER: tuple[str, ...] = ("triton", "cpu", "reference")
 
 
-def reasons(problem: Problem | ProbeProblem) -> dict[str, str | None]:
+def reasons(problem: AnyProblem) -> dict[str, str | None]:
     """Why each backend cannot run the problem; None where it can."""
     return {name: _why_not(name, problem) for name in AUTO_ORDER}
 
 
-def _why_not(name: str, problem: Problem | ProbeProblem) -> str | None:
+def _why_not(name: str, problem: AnyProblem) -> str | None:
     if isinstance(problem, ProbeProblem):
         return BACKENDS[name].why_not_probe(problem)
+    if isinstance(problem, BlockMassProblem):
+        if not hasattr(BACKENDS[name], "why_not_block_mass"):
+            return "does not measure block masses"
+        return measures_blocks(name).why_not_block_mass(problem)
     return BACKENDS[name].why_not(problem)
 
 
-def resolve(problem: Problem | ProbeProblem, backend: str) -> str:
+def measures_blocks(name: str) -> BlockMassBackend:
+    """A backend that `resolve` named for a `BlockMassProblem`."""
+    return cast(BlockMassBackend, BACKENDS[name])
+
+
+def resolve(problem: AnyProblem, backend: str) -> str:
     """The backend that will run.
 
     Args:

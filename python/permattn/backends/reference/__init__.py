@@ -6,22 +6,26 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from permattn.backends.reference.block_mass import block_mass
 from permattn.backends.reference.plain import backward, forward_plain
 from permattn.backends.reference.prepare import prepare
 from permattn.backends.reference.probing import probe
 from permattn.backends.reference.quantised import forward_quantised
 from permattn.backends.reference.tiles import token_is_visible
+from permattn.core.block_mass import BlockMassProblem
 from permattn.core.probe import ProbeProblem
 from permattn.core.problem import FwdArgs, Problem
 
 __all__ = [
     "NAME",
     "backward",
+    "block_mass",
     "forward",
     "prepare",
     "probe",
     "token_is_visible",
     "why_not",
+    "why_not_block_mass",
     "why_not_probe",
 ]
 
@@ -48,6 +52,12 @@ def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:
 
 
 def why_not_probe(problem: ProbeProblem) -> str | None:
+    if not problem.dtype.is_floating_point:
+        return f"needs a floating dtype, got {problem.dtype}"
+    return None
+
+
+def why_not_block_mass(problem: BlockMassProblem) -> str | None:
     if not problem.dtype.is_floating_point:
         return f"needs a floating dtype, got {problem.dtype}"
     return None
