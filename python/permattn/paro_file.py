@@ -32,6 +32,8 @@ def save_paro(plan: ParoPlan, path: str | os.PathLike[str]) -> None:
     }
     if plan.native_cells is not None:
         tensors["native_cells"] = plan.native_cells.to(torch.int32)
+    if plan.recall is not None:
+        tensors["recall"] = plan.recall.float()
     header = {
         "format": FORMAT,
         "grid": list(plan.grid),
@@ -68,6 +70,7 @@ def load_paro(path: str | os.PathLike[str]) -> ParoPlan:
             origin=ParoOrigin(**header["origin"]),
             block=_sizes(header["block"]),
             native_cells=tensors.get("native_cells"),
+            recall=tensors.get("recall"),
         )
     except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as e:
         raise ValueError(f"{path}: damaged PARO header ({type(e).__name__}: {e})") from None

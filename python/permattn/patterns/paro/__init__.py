@@ -2,7 +2,7 @@
 
 from permattn.patterns.paro.bits import pack_bits, unpack_bits
 from permattn.patterns.paro.offline import TEXT_PLACES, ParoOrigin, ParoPlan, TextPlace
-from permattn.patterns.paro.plan import plan_paro
+from permattn.patterns.paro.plan import plan_paro, vision_tokens
 
 __all__ = [
     "TEXT_PLACES",
@@ -12,4 +12,5 @@ __all__ = [
     "pack_bits",
     "plan_paro",
     "unpack_bits",
+    "vision_tokens",
 ]

@@ -66,6 +66,8 @@ class ParoPlan:
         block: (block_q, block_kv), slots.
         empty_heads: bool [L, H]: heads whose vision queries see text alone.
         native_cells: see `plan_paro`.
+        recall: float32 [bins, L, H], share of the attention mass that every mask kept when it was
+            calibrated, text included; None = unknown.
         origin: what it was made on.
         validate: check every mask now.
 
@@ -83,6 +85,7 @@ class ParoPlan:
     origin: ParoOrigin
     block: tuple[int, int] = (64, 64)
     native_cells: Tensor | None = None
+    recall: Tensor | None = None
     num_blocks: Tensor = field(init=False, repr=False)
     """int32 [bins, L, H]: vision blocks that every mask lists."""
     validate: InitVar[bool] = True
@@ -220,6 +223,11 @@ class ParoPlan:
             )
         if bool(self.empty_heads.any()) and self.text == "none":
             raise ValueError("ParoPlan.empty_heads: without text a head cannot be empty")
+        recall = self.recall
+        if recall is not None and recall.shape != masks.shape[:3]:
+            raise ValueError(
+                f"ParoPlan.recall: wants {list(masks.shape[:3])}, got {list(recall.shape)}"
+            )
         cells = self.native_cells
         if cells is None:
             return

@@ -58,7 +58,7 @@ def plan_paro(
     _check(grid, axis_orders, block_mask, num_tokens, block, text_visible)
     device = axis_orders.device
     place = torch.arange(num_tokens, dtype=torch.int32, device=device)
-    vision_token = _vision_tokens(grid, axis_orders, native_cells)
+    vision_token = vision_tokens(grid, axis_orders, native_cells)
     if text == 0:
         perm = Permutation.from_token_of_slot(vision_token[None], num_tokens, validate=False)
         index = BlockIndex.from_block_mask(
@@ -97,8 +97,8 @@ def _text_part(
     return AttnPart(q_perm, kv_perm, index, TokenBand())
 
 
-def _vision_tokens(grid: TokenGrid, axis_orders: Tensor, native_cells: Tensor | None) -> Tensor:
-    """int32 [H, N]: the token of every place of every head's order."""
+def vision_tokens(grid: TokenGrid, axis_orders: Tensor, native_cells: Tensor | None) -> Tensor:
+    """int32 [H, N]: the token of every place of every head's order; see `plan_paro`."""
     device = axis_orders.device
     sizes = (grid.frames, grid.height, grid.width)
     token_of_rank = grid.token_of_rank().to(device=device, dtype=torch.int32)
