@@ -1,0 +1,19 @@
+"""PAROAttention's offline part: the order a head reads tokens in, and the blocks it keeps."""
+
+from permattn.calibrate.paro.measure import Measurement, Seen, Subject, measure_runs
+from permattn.calibrate.paro.options import MeasureOptions, SelectOptions
+from permattn.calibrate.paro.pipelines import calibrate, measure
+from permattn.calibrate.paro.select import forced_blocks, free_density
+
+__all__ = [
+    "MeasureOptions",
+    "Measurement",
+    "Seen",
+    "SelectOptions",
+    "Subject",
+    "calibrate",
+    "forced_blocks",
+    "free_density",
+    "measure",
+    "measure_runs",
+]
