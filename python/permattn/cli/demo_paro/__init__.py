@@ -1,0 +1,1 @@
+"""The demo of PAROAttention: a video denoised dense and sparse by a constructed Wan transformer."""
