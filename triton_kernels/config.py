@@ -170,3 +170,30 @@ def select_config(
         return wide
     block_n, num_stages = _NARROW[kernel, width]
     return Config(rows, block_n, 4, num_stages, 255)
+
+
+def select_quantised_config(
+    *,
+    capability: int,
+    element_size: int,
+    head_dim: int,
+    head_dim_v: int,
+    unit: int,
+    kv_rows: int,
+    pv: str,
+) -> Config:
+    """As `select_config`, of the forward over small numbers.
+
+    Args:
+        element_size: bytes per element of v as it is given.
+        kv_rows: slots that share a scale of K and V; where P is quantised, a tile of keys is one
+            such group.
+        pv: "none", or a format of P and V.
+    """
+    width = max(64, padded_head_dim(max(head_dim, head_dim_v)))
+    rows = max(MIN_TILE, next_power_of_2(unit))
+    if pv == "none" and element_size == 4:
+        wide = _SINGLE["fwd", width]
+        return Config(min(rows, wide.block_m), max(wide.block_n, 16), wide.num_warps, 1, 255)
+    block_n = 64 if pv == "none" else kv_rows
+    return Config(min(rows, 64), block_n, 4 if width == 64 else 8, 2)

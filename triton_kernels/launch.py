@@ -10,7 +10,6 @@ import torch
 from permattn.triton_kernels.bwd import delta_kernel, dq_kernel
 from permattn.triton_kernels.bwd_dkdv import dkdv_kernel
 from permattn.triton_kernels.config import Config, Kernel, padded_head_dim, select_config
-from permattn.triton_kernels.fwd import finish_kernel, fwd_kernel
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
@@ -190,105 +189,6 @@ class Gradient:
     @property
     def group(self) -> int:
         return self.q.shape[1] // self.k.shape[1]
-
-
-def launch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    parts: Sequence[Part],
-    scale: float,
-) -> None:
-    """Fills out [B, Hq, Sq, Dv] and lse [B, Hq, Sq] (contiguous float32, natural log).
-
-    One launch serves all parts that share a query order; only a plan of several orders keeps its
-    softmax state (float32, token order) in memory between launches.
-    """
-    if out.numel() == 0:
-        return
-    runs = fused_runs(parts)
-    carry = len(runs) > 1
-    state: tuple[Tensor | None, ...] = (None, None, None)
-    if carry:
-        acc = torch.zeros(out.shape, dtype=torch.float32, device=q.device)
-        state = (acc, torch.full_like(lse, float("-inf")), torch.zeros_like(lse))
-    elif not parts[0].q_identity:
-        # Tokens in no slot are written by nobody.
-        out.zero_()
-        lse.fill_(float("-inf"))
-    for run in runs:
-        _launch_run(q, k, v, out, lse, state, run, scale)
-    if carry:
-        num_tiles = ceil_div(q.shape[2], ROW_TILE)
-        finish_kernel[(num_tiles * q.shape[0] * q.shape[1],)](
-            *state,
-            out,
-            lse,
-            strides(out),
-            q.shape[1],
-            q.shape[2],
-            num_tiles,
-            DV=v.shape[3],
-            BLOCK_M=ROW_TILE,
-            BLOCK_DV=padded_head_dim(v.shape[3]),
-        )
-
-
-def _launch_run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    state: tuple[Tensor | None, ...],
-    run: Sequence[Part],
-    scale: float,
-) -> None:
-    batch, heads, num_q_tokens, head_dim = q.shape
-    unit = math.gcd(*(p.block_q for p in run))
-    config = config_of("fwd", q, v, run, unit)
-    num_q_slots = run[0].q_token.shape[-1]
-    num_tiles = num_tiles_of(num_q_slots, unit, config.block_m)
-    if num_tiles == 0:
-        return
-    lists = Lists.of(run)
-    fwd_kernel[(num_tiles * batch * heads,)](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        *state,
-        run[0].q_token,
-        lists.tensors,
-        lists.rows,
-        lists.sizes,
-        strides(q),
-        strides(k),
-        strides(v),
-        strides(out),
-        heads,
-        heads // k.shape[1],
-        num_q_tokens,
-        k.shape[2],
-        num_q_slots,
-        num_tiles,
-        scale * LOG2E,
-        PARTS=lists.parts,
-        NUM_PARTS=len(run),
-        UNIT=unit,
-        Q_IDENTITY=run[0].q_identity,
-        CARRY=state[0] is not None,
-        D=head_dim,
-        DV=v.shape[3],
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_D=padded_head_dim(head_dim),
-        BLOCK_DV=padded_head_dim(v.shape[3]),
-        **launch_options(config),
-    )
 
 
 def launch_delta(out: Tensor, dout: Tensor, dlse: Tensor) -> Tensor:

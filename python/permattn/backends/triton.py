@@ -1,4 +1,4 @@
-"""Triton kernels on CUDA devices: forward, log-sum-exp and deterministic gradients."""
+"""Triton kernels on CUDA devices: forward, also over INT8 and FP8, and deterministic gradients."""
 
 from __future__ import annotations
 
@@ -6,21 +6,32 @@ import contextlib
 import functools
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from permattn.core.permutation import Permutation
 from permattn.core.plan import AttnPlan
+from permattn.core.prepare import PrepareArgs, Prepared, smoothing_of
 from permattn.core.probe import Masses, ProbeArgs, ProbeProblem
 from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out
+from permattn.core.prologue import Prologue, RowTransform
+from permattn.core.quant import say_once
 
 if TYPE_CHECKING:
     from permattn.triton_kernels.launch import Part
+    from permattn.triton_kernels.launch_forward import Small
+    from permattn.triton_kernels.prepare import Rows, Transform
 
 NAME = "triton"
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# A group's rows stay in registers while it is quantised.
+MAX_ROWS_PER_SCALE = 128
+# Where P is quantised, a group of keys is a tile, which a matrix instruction takes.
+TILE_ROWS = (32, 64, 128)
 # Both are settled once, here: a look-up inside why_not would break fullgraph compilation. Triton
 # itself reads the variable when it is imported; under it, kernels run on CPU tensors, for tests.
 _SPEC = importlib.util.find_spec("triton")
@@ -36,9 +47,25 @@ def why_not(problem: Problem) -> str | None:
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         dims = f"D = {problem.head_dim}, Dv = {problem.head_dim_v}"
         return f"head dims go up to {MAX_HEAD_DIM}, got {dims}"
-    if problem.quant.is_quantised:
-        return "does not quantise"
-    return _why_not_this_device(problem.device_type)
+    return _why_not_quantised(problem) or _why_not_this_device(problem.device_type)
+
+
+def _why_not_quantised(problem: Problem) -> str | None:
+    quant = problem.quant
+    if not quant.is_quantised:
+        return None
+    if problem.needs_grad:
+        return "quantised attention has no gradients"
+    if quant.qk == "none":
+        return "quantises P and V only together with Q and K"
+    for name in ("q_rows_per_scale", "kv_rows_per_scale"):
+        rows = getattr(quant, name)
+        if rows > MAX_ROWS_PER_SCALE:
+            return f"takes {name} up to {MAX_ROWS_PER_SCALE}, got {rows}"
+    if quant.pv != "none" and quant.kv_rows_per_scale not in TILE_ROWS:
+        rows = quant.kv_rows_per_scale
+        return f"with pv = {quant.pv!r}, takes kv_rows_per_scale of {TILE_ROWS}, got {rows}"
+    return None
 
 
 def _why_no_kernels(device_type: str, dtype: torch.dtype) -> str | None:
@@ -112,11 +139,120 @@ def backward(args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:
         return backward_kernels(args)
 
 
+def prepare(args: PrepareArgs) -> Prepared:
+    from permattn.triton_kernels.prepare import launch_prepare
+
+    with _on_device_of(args.x):
+        made = launch_prepare(_rows(args))
+    scale = made.scale
+    return made.rows, args.x.new_empty(0, dtype=torch.float32) if scale is None else scale
+
+
+def _rows(args: PrepareArgs) -> Rows:
+    from permattn.triton_kernels.launch import compact
+    from permattn.triton_kernels.prepare import NO_TRANSFORM, Rows
+
+    def dense(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous()
+
+    token = args.token_of_slot
+    return Rows(
+        args.x,
+        None if token is None else compact(token),
+        args.num_heads,
+        NO_TRANSFORM if args.transform is None else _transform(args.transform),
+        dense(args.mean),
+        dense(args.factor),
+        args.fmt,
+        args.rows_per_scale,
+        args.per_column,
+    )
+
+
+def _transform(t: RowTransform) -> Transform:
+    from permattn.triton_kernels.prepare import Transform
+
+    tensors = (None if x is None else x.contiguous() for x in (t.weight, t.bias, t.cos, t.sin))
+    weight, bias, cos, sin = tensors
+    return Transform(
+        *(t.norm, weight, bias, t.eps, t.across_heads, cos, sin, t.rope_start, t.interleaved)
+    )
+
+
 def forward_kernels(args: FwdArgs, out: Tensor, lse: Tensor) -> None:
     """Launches the forward of a call into out [B, Hq, Sq, Dv] and lse [B, Hq, Sq]."""
-    from permattn.triton_kernels.launch import launch_forward
+    from permattn.triton_kernels.launch_forward import Forward, launch_forward
 
-    launch_forward(args.q, args.k, args.v, out, lse, kernel_parts(args.plan), args.scale)
+    if args.plan.quant.is_quantised:
+        _forward_quantised(args, out, lse)
+        return
+    prologue = args.prologue or Prologue()
+    q, k = (
+        x if t is None else prepare(PrepareArgs(x, transform=t))[0]
+        for x, t in ((args.q, prologue.q), (args.k, prologue.k))
+    )
+    launch_forward(Forward(q, k, args.v, out, lse, kernel_parts(args.plan), args.scale))
+
+
+def _forward_quantised(args: FwdArgs, out: Tensor, lse: Tensor) -> None:
+    """Quantises per part, in its order; parts of one order share what is made."""
+    from permattn.triton_kernels.launch_forward import Forward, launch_forward
+    from permattn.triton_kernels.prepare import has_fp8
+
+    quant = args.plan.quant
+    pv: str = quant.pv
+    if "int4" in (quant.qk, quant.pv):
+        say_once("triton: INT4 values are multiplied as INT8")
+    if pv == "fp8" and not has_fp8(args.q.device):
+        say_once("triton: FP8 values are multiplied as float16 before compute capability 8.9")
+        pv = "fp8_bits"
+    parts = kernel_parts(args.plan)
+    small, dots = _small_parts(args)
+    call = Forward(
+        *(args.q, args.k, args.v, out, lse, parts, args.scale, small),
+        *(quant.q_rows_per_scale, quant.kv_rows_per_scale, pv),
+    )
+    launch_forward(call)
+    if dots is not None:
+        # Smoothing moved every score of a query by one number, which the softmax did not see.
+        lse.add_(dots, alpha=args.scale)
+
+
+def _small_parts(args: FwdArgs) -> tuple[list[Small], Tensor | None]:
+    """What is quantised of every part, and [B, Hq, Sq] what smoothing took from q's scores."""
+    from permattn.triton_kernels.launch_forward import Small
+    from permattn.triton_kernels.prepare import Prepared as Made
+    from permattn.triton_kernels.prepare import launch_prepare
+
+    quant, prologue = args.plan.quant, args.prologue or Prologue()
+    smoothing = smoothing_of(args)
+    q_rows, kv_rows = quant.q_rows_per_scale, quant.kv_rows_per_scale
+    dots = None
+    if smoothing.mean is not None:
+        dots = args.q.new_zeros(args.q.shape[:3], dtype=torch.float32)
+    made: dict[tuple, Made] = {}
+
+    def prepared(x: Tensor, perm: Permutation, *facts: Any, **more: Any) -> Made:
+        token = perm.token_of_slot
+        key = (id(x), token.data_ptr(), token.shape, token.stride())
+        if key not in made:
+            order = None if perm.is_identity else token
+            made[key] = launch_prepare(replace(_rows(PrepareArgs(x, order, *facts)), **more))
+        return made[key]
+
+    small = []
+    for part in args.plan.parts:
+        q_facts = (prologue.q, None, smoothing.q_factor, quant.qk, q_rows)
+        q = prepared(args.q, part.q_perm, *q_facts, against=smoothing.mean, dots=dots)
+        k_facts = (prologue.k, smoothing.mean, smoothing.k_factor, quant.qk, kv_rows)
+        k = prepared(args.k, part.kv_perm, *k_facts)
+        v = None
+        if quant.pv != "none":
+            v_facts = (None, None, None, quant.pv, kv_rows, True)
+            offsets = quant.pv == "int8"
+            v = prepared(args.v, part.kv_perm, *v_facts, tiles=True, offsets=offsets)
+        small.append(Small(q, k, v))
+    return small, dots
 
 
 def backward_kernels(args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:

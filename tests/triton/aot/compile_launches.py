@@ -61,7 +61,7 @@ def launched(case: Case | ProbeCase, arch: int) -> list[tuple[str, list[int], An
     def run(self, *args, grid, warmup, **options):
         kernel = original(self, *args, grid=grid, warmup=True, **options)
         if not any(kernel is known for *_, known in compiled):
-            tile = [options["BLOCK_M"], options.get("BLOCK_N", 0)]
+            tile = [options.get(name, 0) for name in ("BLOCK_M", "BLOCK_N")]
             compiled.append((self.fn.__name__, tile, kernel))
         return kernel
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from permattn.core import AttnPlan, TokenBand
+from permattn.core import AttnPart, AttnPlan, Permutation, TokenBand
+from permattn.core.prologue import Prologue, RowTransform
+from permattn.core.quant import QuantSpec
 from permattn.patterns.dense import plan_dense
-from permattn.testing import random_plan, split_plan
+from permattn.testing import random_index, random_permutation, random_plan, split_plan
 
 TOKENS = 256
 HEADS, KV_HEADS = 4, 2
@@ -96,16 +98,71 @@ class ProbeCase:
         probe_kernels(args)
 
 
+@dataclass(frozen=True)
+class QuantCase:
+    """One quantised forward, with the preparation of its q, k and v.
+
+    Args:
+        spec: what is quantised.
+        transform: "none"; "pairs" = norm per head and interleaved rotation of q and k; "across" =
+            layer norm across heads and rotation of halves.
+    """
+
+    plan: str
+    spec: QuantSpec
+    transform: str
+    dtype: torch.dtype
+    head_dim: int
+    archs: tuple[int, ...]
+    tokens: int = TOKENS
+
+    @property
+    def name(self) -> str:
+        spec, dtype = self.spec, str(self.dtype).removeprefix("torch.")
+        rows = f"{spec.qk}-{spec.pv}-r{spec.kv_rows_per_scale}"
+        return f"quant-{self.plan}-{rows}-{self.transform}-{dtype}-d{self.head_dim}"
+
+    def launch(self) -> None:
+        from permattn.backends.triton import forward_kernels
+        from permattn.core.problem import FwdArgs
+
+        q = torch.zeros(2, HEADS, self.tokens, self.head_dim, dtype=self.dtype)
+        k, v = (q[:, :KV_HEADS].clone() for _ in range(2))
+        plan = AttnPlan(make_plan(self.plan, self.tokens).parts, self.spec)
+        prologue = None
+        if self.transform != "none":
+            prologue = Prologue(*(self._transform(x) for x in (q, k)))
+        args = FwdArgs(q, k, v, plan, 0.125, prologue)
+        forward_kernels(args, torch.zeros_like(q), torch.zeros(q.shape[:3]))
+
+    def _transform(self, x: torch.Tensor) -> RowTransform:
+        across = self.transform == "across"
+        dim = self.head_dim
+        weight = torch.ones(x.shape[1] * dim if across else dim, dtype=self.dtype)
+        cos = torch.zeros(self.tokens, dim // 2)
+        return RowTransform(
+            norm="layer" if across else "rms",
+            weight=weight,
+            bias=weight if across else None,
+            across_heads=across,
+            cos=cos,
+            sin=cos,
+            interleaved=not across,
+        )
+
+
 def make_plan(kind: str, tokens: int) -> AttnPlan:
     """A plan of one kind.
 
     Args:
         kind: "dense" = causal, token order; "gather" = permuted, a band of two ends; "small" =
             permuted blocks of 16; "parts" = three parts in two query orders, so that state and
-            gradients go through memory.
+            gradients go through memory; "orders" = see `axis_orders`.
     """
     if kind == "dense":
         return plan_dense(tokens, tokens, causal=True)
+    if kind == "orders":
+        return axis_orders(tokens)
     if kind == "parts":
         return split_plan(tokens, tokens, heads=HEADS)
     block = 128 if kind == "gather" else 16
@@ -113,7 +170,22 @@ def make_plan(kind: str, tokens: int) -> AttnPlan:
     return random_plan(tokens, tokens, block_q=block, block_kv=block, band=band, permuted=True)
 
 
-def _cases() -> tuple[Case | ProbeCase, ...]:
+def axis_orders(tokens: int) -> AttnPlan:
+    """Heads with orders of their own and two parts of keys under one query order, no band."""
+    g = torch.Generator().manual_seed(0)
+    q_perm, order = (random_permutation(tokens, heads=HEADS, generator=g) for _ in "qk")
+    text = torch.arange(tokens - 64, tokens)
+    vision = order.token_of_slot[order.token_of_slot < tokens - 64].view(HEADS, -1)
+    parts = []
+    for kv_order in (vision, text):
+        kv_perm = Permutation.from_token_of_slot(kv_order, tokens)
+        facts = {"block_q": 64, "block_kv": 64, "density": 0.9, "heads": HEADS, "generator": g}
+        index = random_index(q_perm, kv_perm, TokenBand(), **facts)
+        parts.append(AttnPart(q_perm, kv_perm, index, TokenBand()))
+    return AttnPlan(tuple(parts))
+
+
+def _cases() -> tuple[Case | ProbeCase | QuantCase, ...]:
     cases: list[Case | ProbeCase] = []
     for way in ("fwd", "bwd"):
         for dim in (64, 128):
@@ -131,7 +203,17 @@ def _cases() -> tuple[Case | ProbeCase, ...]:
     shapes += [(64, BRAIN, 16), (64, BRAIN, 80), (64, BRAIN, 256)]
     shapes += [(16, BRAIN, 128), (32, BRAIN, 128), (16, SINGLE, 128)]
     cases += [ProbeCase("order", *facts, SAMPLE) for facts in shapes]
-    return tuple(cases)
+    return (*cases, *_quantised_cases())
+
+
+def _quantised_cases() -> list[QuantCase]:
+    cases = []
+    for dim in (64, 128):
+        for pv in ("none", "int8", "fp8"):
+            spec = QuantSpec("int8", pv, 64, 64, smooth_k=True)
+            cases.append(QuantCase("orders", spec, "pairs", BRAIN, dim, EVERY))
+            cases.append(QuantCase("gather", spec, "none", BRAIN, dim, EVERY))
+    return cases
 
 
 CASES = _cases()

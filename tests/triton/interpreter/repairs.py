@@ -92,7 +92,9 @@ def _repair_arithmetic() -> None:
 
     def binary_op(self, lhs, rhs, op):
         if not is_packed(lhs.dtype):
-            return stock_binary(self, lhs, rhs, op)
+            result = stock_binary(self, lhs, rhs, op)
+            # Stock, a comparison of scalars keeps their type, and is no mask once it is spread.
+            return Handle(result.data, tl.int1) if op in _COMPARISONS else result
         values = op(decode(lhs), decode(rhs))
         return Handle(values, tl.int1) if op in _COMPARISONS else pack(values, lhs.dtype)
 
