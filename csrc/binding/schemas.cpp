@@ -14,5 +14,18 @@ STABLE_TORCH_LIBRARY(permattn_native, m) {
       "cpu_probe(Tensor q, Tensor k, Tensor first_position, Tensor first_coordinate, "
       "Tensor key_range, Tensor? order, Tensor? skip, bool lse_is_given, Tensor(a!) lse, "
       "Tensor(b!) column, Tensor(c!) square, Tensor(d!) diagonal, int isa) -> ()");
+  m.def(
+      "cpu_prepare(Tensor x, Tensor? token_of_slot, Tensor[] prologue_tensors, int[] prologue_ints, "
+      "float[] prologue_floats, Tensor? mean, Tensor? factor, int format, int rows_per_scale, "
+      "bool per_column, Tensor(a!) rows, Tensor(b!) scales, int isa) -> ()");
+  m.def(
+      "cpu_column_statistics(Tensor x, Tensor[] prologue_tensors, int[] prologue_ints, "
+      "float[] prologue_floats, Tensor? seen, Tensor(a!) sum, Tensor(b!) lowest, "
+      "Tensor(c!) highest, int isa) -> ()");
+  m.def(
+      "cpu_forward_quantised(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, "
+      "Tensor[] plan_tensors, int[] plan_ints, Tensor[] prologue_tensors, int[] prologue_ints, "
+      "float[] prologue_floats, Tensor? mean, Tensor? k_factor, Tensor? q_factor, float scale, "
+      "int isa) -> ()");
   m.def("cpu_best_isa() -> int");
 }

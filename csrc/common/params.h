@@ -57,6 +57,8 @@ struct Problem {
   int32_t num_parts;
 };
 
+struct QuantisedOperands;  // quant.h
+
 struct FwdParams {
   Problem problem;
   TensorView q;    // [B, Hq, Sq, D]
@@ -64,6 +66,7 @@ struct FwdParams {
   TensorView v;    // [B, Hkv, Skv, Dv]
   TensorView out;  // [B, Hq, Sq, Dv]
   float* lse;      // [B, Hq, Sq], contiguous, natural log
+  const QuantisedOperands* quantised;  // or null: q, k and v are multiplied as they are
 };
 
 struct BwdParams {

@@ -4,6 +4,7 @@
 
 #include "../common/dispatch.h"
 #include "../common/params.h"
+#include "../common/quant.h"
 
 namespace permattn::cpu {
 
@@ -20,8 +21,19 @@ bool isa_is_available(Isa isa);
 // The best one here.
 Isa best_isa();
 
+// Longest group of keys that shares a scale.
+constexpr int64_t kMaxKeysPerScale = 256;
+
 void forward(const FwdParams& params, Isa isa, const Pool& pool);
 void backward(const BwdParams& params, Isa isa, const Pool& pool);
 void probe(const ProbeParams& params, Isa isa, const Pool& pool);
+
+// One pass over x: gather, norm, rotary embedding, smoothing, quantising.
+void prepare(const PrepareParams& params, Isa isa, const Pool& pool);
+// Sums, minima and maxima of transformed columns.
+void column_statistics(const ColumnParams& params, Isa isa, const Pool& pool);
+// Prepares q, k and v, and attends; params.quantised is filled here.
+void forward_quantised(const FwdParams& params, const QuantisedCall& call, Isa isa,
+                       const Pool& pool);
 
 }  // namespace permattn::cpu

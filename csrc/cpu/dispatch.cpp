@@ -38,10 +38,11 @@ Isa detect() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return Isa::kAvx2;
   }
-  if ((Cpuid(7, 1).a >> 5 & 1) == 0) return Isa::kAvx512;  // AVX512_BF16
+  if (!__builtin_cpu_supports("avx512vnni")) return Isa::kAvx512;
+  if ((Cpuid(7, 1).a >> 5 & 1) == 0) return Isa::kAvx512Vnni;  // AVX512_BF16
   const uint32_t features = Cpuid(7, 0).d;
-  const bool amx_bf16 = (features >> 22 & 1) != 0 && (features >> 24 & 1) != 0;
-  return amx_bf16 && amx_is_granted() ? Isa::kAmxBf16 : Isa::kAvx512Bf16;
+  constexpr uint32_t kTiles = 1U << 22 | 1U << 24 | 1U << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+  return (features & kTiles) == kTiles && amx_is_granted() ? Isa::kAmxBf16 : Isa::kAvx512Bf16;
 }
 #else
 Isa detect() { return Isa::kPortable; }
@@ -54,6 +55,8 @@ Kernels kernels_of(Isa isa, Dtype dtype) {
       return amx_bf16_kernels(dtype);
     case Isa::kAvx512Bf16:
       return avx512_bf16_kernels(dtype);
+    case Isa::kAvx512Vnni:
+      return avx512_vnni_kernels(dtype);
     case Isa::kAvx512:
       return avx512_kernels(dtype);
     case Isa::kAvx2:
@@ -91,6 +94,20 @@ Kernels select_kernels(Isa isa, Dtype dtype) {
       chosen.probe_total = kernels.probe_total;
       chosen.probe_mass = kernels.probe_mass;
       chosen.probe_scratch = kernels.probe_scratch;
+    }
+    if (chosen.prepare == nullptr) {
+      chosen.prepare = kernels.prepare;
+      chosen.prepare_columns = kernels.prepare_columns;
+      chosen.prepare_tokens = kernels.prepare_tokens;
+      chosen.prepare_scratch = kernels.prepare_scratch;
+    }
+    for (int32_t kind = 0; kind < kNumValueKinds; ++kind) {
+      if (chosen.forward_quantised[kind] != nullptr) continue;
+      chosen.forward_quantised[kind] = kernels.forward_quantised[kind];
+      chosen.quantised_scratch[kind] = kernels.quantised_scratch[kind];
+      if (kind == static_cast<int32_t>(ValueKind::kInteger)) {
+        chosen.value_layout = kernels.value_layout;
+      }
     }
   }
   return chosen;

@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "dispatch_internal.h"
+#include "passes.h"
 #include "schedule.h"
 
 namespace permattn::cpu {
@@ -57,10 +58,10 @@ std::vector<int64_t> tile_costs(const Problem& problem, const GroupPlan& group) 
 }
 
 void run_group(const FwdParams& params, const GroupPlan& group, const std::vector<Partial>& others,
-               const Kernels& kernels, const Pool& pool) {
+               const Kernels& kernels, size_t scratch_bytes, const Pool& pool) {
   const Problem& problem = params.problem;
   const int64_t tiles = group.num_tiles();
-  run_tiles(pool, tile_costs(problem, group), kernels.forward_scratch(problem),
+  run_tiles(pool, tile_costs(problem, group), scratch_bytes,
             [&](int64_t i, std::byte* scratch) {
               const int64_t head = i / tiles;
               const int64_t t = tiles - 1 - i % tiles;
@@ -100,10 +101,10 @@ void write_the_rest(const FwdParams& params, const GroupPlan& writer,
 
 }  // namespace
 
-void forward(const FwdParams& params, Isa isa, const Pool& pool) {
+void run_plan(const FwdParams& params, const Kernels& kernels, size_t scratch_bytes,
+              const Pool& pool) {
   const Problem& problem = params.problem;
   if (problem.batch * problem.q_heads * problem.sq == 0) return;
-  const Kernels kernels = select_kernels(isa, problem.dtype);
   std::vector<GroupPlan> groups = split_into_groups(problem);
   // The group with most slots writes the rows; the others leave compact partial results to merge.
   size_t writer = 0;
@@ -122,10 +123,15 @@ void forward(const FwdParams& params, Isa isa, const Pool& pool) {
     group.log2_sum.reset(new float[rows]);
     group.group.partial = {group.rows.get(), group.log2_sum.get(), group.group.q_perm, slots};
     others.push_back(group.group.partial);
-    run_group(params, group, {}, kernels, pool);
+    run_group(params, group, {}, kernels, scratch_bytes, pool);
   }
-  run_group(params, groups[writer], others, kernels, pool);
+  run_group(params, groups[writer], others, kernels, scratch_bytes, pool);
   write_the_rest(params, groups[writer], others, kernels, pool);
+}
+
+void forward(const FwdParams& params, Isa isa, const Pool& pool) {
+  const Kernels kernels = select_kernels(isa, params.problem.dtype);
+  run_plan(params, kernels, kernels.forward_scratch(params.problem), pool);
 }
 
 }  // namespace permattn::cpu

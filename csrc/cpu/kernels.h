@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../common/params.h"
+#include "../common/quant.h"
 
 namespace permattn::cpu {
 
@@ -62,6 +63,33 @@ struct ProbeTile {
   float* edge;  // second sweep: [group, R - 1], the lowest lags, shared with the next tile
 };
 
+// Slots of one head of the result; whole groups where there are scales.
+struct PrepareTile {
+  const PrepareParams* params;
+  int64_t b, h;  // h is one of out_heads
+  int64_t slot, size;
+};
+
+// Tokens of one head of x; `sum`, `lowest` and `highest` are its own, [D] each.
+struct ColumnTile {
+  const ColumnParams* params;
+  int64_t b, h;
+  int64_t token, size;
+  float *sum, *lowest, *highest;
+};
+
+// Tokens of one batch row.
+struct TokenTile {
+  const PrepareParams* params;
+  int64_t b;
+  int64_t token, size;
+  float* stats;  // [B, S, 2]
+};
+
+// What multiplies V: integers, or floats that stand for numbers of the input's dtype or of FP8.
+enum class ValueKind : int32_t { kInteger = 0, kPlain = 1, kFp8 = 2 };
+constexpr int32_t kNumValueKinds = 3;
+
 using FwdTileFn = void (*)(const FwdTile& tile, std::byte* scratch);
 using BwdTileFn = void (*)(const BwdTile& tile, std::byte* scratch);
 using ProbeTileFn = void (*)(const ProbeTile& tile, std::byte* scratch);
@@ -79,6 +107,14 @@ struct Kernels {
   ProbeTileFn probe_total;
   ProbeTileFn probe_mass;
   size_t (*probe_scratch)(const ProbeParams& params);
+  void (*prepare)(const PrepareTile& tile, std::byte* scratch);
+  void (*prepare_columns)(const ColumnTile& tile, std::byte* scratch);
+  void (*prepare_tokens)(const TokenTile& tile);
+  size_t (*prepare_scratch)(const PrepareParams& params);
+  // By ValueKind. Each takes V in the layout beside it where it is made of integers.
+  FwdTileFn forward_quantised[kNumValueKinds];
+  size_t (*quantised_scratch[kNumValueKinds])(const FwdParams& params);
+  Layout value_layout;
 };
 
 // Null functions where an instruction set has nothing of its own for the dtype.
@@ -86,6 +122,7 @@ Kernels portable_kernels(Dtype dtype);
 #if defined(__x86_64__)
 Kernels avx2_kernels(Dtype dtype);
 Kernels avx512_kernels(Dtype dtype);
+Kernels avx512_vnni_kernels(Dtype dtype);
 Kernels avx512_bf16_kernels(Dtype dtype);
 Kernels amx_bf16_kernels(Dtype dtype);
 #endif

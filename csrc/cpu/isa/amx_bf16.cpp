@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "../../common/token_rule.h"
+#include "../cpu.h"
 #include "../kernels.h"
 
 #if defined(PERMATTN_TILE_HEADER)
@@ -20,6 +21,7 @@ namespace permattn::cpu::amx_bf16 {
 #include "../kernel/base.inl"
 #include "../kernel/bf16_math.inl"
 #include "../kernel/amx_math.inl"
+#include "../kernel/softmax.inl"
 #include "../kernel/forward.inl"
 #include "../kernel/probe.inl"
 

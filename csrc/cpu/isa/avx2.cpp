@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "../../common/token_rule.h"
+#include "../cpu.h"
 #include "../kernels.h"
 
 #define PERMATTN_WIDTH 8

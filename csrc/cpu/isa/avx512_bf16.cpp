@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "../../common/token_rule.h"
+#include "../cpu.h"
 #include "../kernels.h"
 
 #define PERMATTN_WIDTH 16
@@ -14,16 +15,23 @@
 namespace permattn::cpu::avx512_bf16 {
 #include "../kernel/base.inl"
 #include "../kernel/bf16_math.inl"
+#include "../kernel/int_math.inl"
+#include "../kernel/vnni_math.inl"
+#include "../kernel/softmax.inl"
 #include "../kernel/forward.inl"
 #include "../kernel/probe.inl"
+#include "../kernel/quantised.inl"
 }  // namespace permattn::cpu::avx512_bf16
 #include "target_end.h"
 
 namespace permattn::cpu {
 Kernels avx512_bf16_kernels(Dtype dtype) {
-  if (dtype != Dtype::kBFloat16) return {};
   using Math = avx512_bf16::Bf16Math<1>;
+  using Products = avx512_bf16::VectorProducts<avx512_bf16::VnniBytes>;
   Kernels kernels{};
+  avx512_bf16::add_fp8_kernels<Products, Math>(kernels);
+  if (dtype != Dtype::kBFloat16) return kernels;
+  avx512_bf16::add_plain_kernels<Products, Math>(kernels);
   kernels.forward = avx512_bf16::forward_tile<Math>;
   kernels.forward_rest = avx512_bf16::forward_rest<Math>;
   kernels.forward_scratch = avx512_bf16::forward_scratch<Math>;

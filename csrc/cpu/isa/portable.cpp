@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "../../common/token_rule.h"
+#include "../cpu.h"
 #include "../kernels.h"
 
 #define PERMATTN_WIDTH 4

@@ -3,3 +3,4 @@
 #include "lanes.inl"
 #include "gemm.inl"
 #include "rows.inl"
+#include "rounding.inl"

@@ -101,23 +101,41 @@ struct Bf16Math {
     return _mm512_scalef_ps(p, x);
   }
 
+  // Two rows of lanes as one row of pairs.
+  PERMATTN_INLINE __m512i pair_up(__m512 even, __m512 odd) {
+    const __m512i weave =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(weave,
+                                    reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
+  }
+
+  // P[count][lane] of floats to rows of pairs, in place; row `count` is zeros where it is odd.
+  template <int Vectors>
+  PERMATTN_INLINE void narrow(float* p, int count) {
+    for (int i = 0; i < count; i += 2) {
+      for (int y = 0; y < Vectors; ++y) {
+        const float* from = p + (i * Vectors + y) * kWidth;
+        const __m512 even = to_native(load(from));
+        const __m512 odd = to_native(load(from + Vectors * kWidth));
+        _mm512_store_si512(p + (i / 2 * Vectors + y) * kWidth, pair_up(even, odd));
+      }
+    }
+  }
+
   // Two rows of scores to one row of pairs, in place: row j of P overwrites rows already read.
   // The sums are of the rounded numbers, which is what multiplies V.
   template <int Vectors>
   PERMATTN_INLINE void probabilities(float* s, int count, float c, const VecF* top, VecF* sum) {
     const VecF scale = splat(c);
     const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3f803f80));
-    const __m512i weave =
-        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int i = 0; i < count; i += 2) {
 #pragma GCC unroll 4
       for (int y = 0; y < Vectors; ++y) {
         const float* from = s + (i * Vectors + y) * kWidth;
         const __m512 even = exp2_fast(load(from), scale, top[y]);
         const __m512 odd = exp2_fast(load(from + Vectors * kWidth), scale, top[y]);
-        const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
-        const __m512i pairs = _mm512_permutexvar_epi16(weave, both);
+        const __m512i pairs = pair_up(even, odd);
         sum[y] = from_native(
             _mm512_dpbf16_ps(to_native(sum[y]), reinterpret_cast<__m512bh>(pairs), ones));
         _mm512_store_si512(s + (i / 2 * Vectors + y) * kWidth, pairs);

@@ -1,9 +1,13 @@
 // fp32 arithmetic for every dtype, forward, backward and probe.
 #include "base.inl"
 #include "float_math.inl"
+#include "softmax.inl"
 #include "forward.inl"
 #include "backward.inl"
 #include "probe.inl"
+#include "prepare.inl"
+#include "int_math.inl"
+#include "quantised.inl"
 
 template <class Type>
 Kernels kernels_of() {
@@ -18,6 +22,11 @@ Kernels kernels_of() {
   kernels.probe_total = probe_total<Math>;
   kernels.probe_mass = probe_mass<Math>;
   kernels.probe_scratch = probe_scratch<Math>;
+  add_prepare_kernels<Type>(kernels);
+  using Products = VectorProducts<PairBytes>;
+  add_integer_kernels<Products>(kernels);
+  add_plain_kernels<Products, Math>(kernels);
+  add_fp8_kernels<Products, FloatMath<BFloat16>>(kernels);
   return kernels;
 }
 

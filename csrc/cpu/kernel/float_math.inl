@@ -68,4 +68,8 @@ struct FloatMath {
       }
     }
   }
+
+  // P[count][lane] of floats, in place, as `values` takes it: so it is.
+  template <int Vectors>
+  PERMATTN_INLINE void narrow(float*, int) {}
 };

@@ -1,11 +1,15 @@
 // Vectors of kWidth floats or int32, on GCC/Clang vector extensions. Included once per instruction
 // set, inside its namespace and its target region; PERMATTN_WIDTH is the number of 32-bit lanes.
 #define PERMATTN_INLINE static inline __attribute__((always_inline))
+#define PERMATTN_METHOD inline __attribute__((always_inline))
 
 constexpr int kWidth = PERMATTN_WIDTH;
 constexpr float kLog2E = 1.44269504088896340736F;
 constexpr float kLn2 = 0.69314718055994530942F;
 constexpr float kInfinity = __builtin_inff();
+// 1.5 * 2^23: integers up to 2^22 added to its bits add to its value.
+constexpr float kExactSum = 12582912.0F;
+constexpr int32_t kExactSumBits = 0x4b400000;
 
 typedef float VecF __attribute__((vector_size(kWidth * 4), may_alias));
 typedef int32_t VecI __attribute__((vector_size(kWidth * 4), may_alias));

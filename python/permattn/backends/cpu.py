@@ -7,22 +7,31 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from permattn.core.packing import pack_plan
+from permattn.core.permutation import Permutation
 from permattn.core.plan import AttnPlan
+from permattn.core.prepare import PrepareArgs, Prepared, Smoothing, empty_prepared
 from permattn.core.probe import Masses, ProbeArgs, ProbeProblem, empty_masses
 from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out
+from permattn.core.prologue import Prologue, RowTransform, pack_prologue
+from permattn.core.quant import LEAST_MAXIMUM, QuantSpec, say_once
 
 NAME = "cpu"
 MAX_HEAD_DIM = 256
 # csrc/cpu/kernels.h: kTileLanes.
 MAX_PROBE_ROWS = 128
+# csrc/cpu/cpu.h: kMaxKeysPerScale.
+MAX_KEYS_PER_SCALE = 256
 # The numbers of csrc/common/dispatch.h.
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16")
+# The numbers of csrc/common/quant.h.
+_FORMATS = ("none", "int8", "int4", "fp8")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -85,9 +94,23 @@ def why_not(problem: Problem) -> str | None:
         return f"takes float32, bfloat16 and float16, got {problem.dtype}"
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         return f"takes head dims to {MAX_HEAD_DIM}, got {problem.head_dim}, {problem.head_dim_v}"
-    if problem.quant.is_quantised:
-        return "does not quantise"
-    return _why_unusable()
+    return _why_not_quantised(problem) or _why_unusable()
+
+
+def _why_not_quantised(problem: Problem) -> str | None:
+    quant = problem.quant
+    if not quant.is_quantised:
+        return None
+    if problem.needs_grad:
+        return "quantised attention has no gradients"
+    if quant.qk == "none":
+        return f"quantises P and V only together with Q and K, got qk='none', pv={quant.pv!r}"
+    if quant.kv_rows_per_scale > MAX_KEYS_PER_SCALE:
+        return (
+            f"takes at most {MAX_KEYS_PER_SCALE} keys per scale, "
+            f"got kv_rows_per_scale={quant.kv_rows_per_scale}"
+        )
+    return None
 
 
 def why_not_probe(problem: ProbeProblem) -> str | None:
@@ -118,16 +141,111 @@ def probe(args: ProbeArgs, *, isa: str | None = None) -> Masses:
 
 
 def forward(args: FwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor]:
-    """See `Backend.forward`. `isa` forces one of `available_isas()`, for tests."""
+    """See `Backend.forward`. `isa` forces one of `available_isas()`, for tests.
 
+    Deterministic, whatever the number of threads.
+    """
     _load()
     q, k, v = args.q, args.k, args.v
     out = empty_out(q, v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     tensors, ints = _plan(args.plan)
+    if args.plan.quant.is_quantised:
+        _say_what_is_emulated(args.plan.quant)
+        s = smoothing_of(args, isa=isa)
+        torch.ops.permattn_native.cpu_forward_quantised.default(
+            *(q, k, v, out, lse, tensors, ints, *_packed(args.prologue)),
+            *(s.mean, s.k_factor, s.q_factor, args.scale, _isa_number(isa)),
+        )
+        return out, lse
+    if args.prologue is not None:
+        q, k = (
+            x if t is None else prepare(PrepareArgs(x, transform=t), isa=isa)[0]
+            for x, t in ((q, args.prologue.q), (k, args.prologue.k))
+        )
     op = torch.ops.permattn_native.cpu_forward.default
     op(q, k, v, out, lse, tensors, ints, args.scale, _isa_number(isa))
     return out, lse
+
+
+def prepare(args: PrepareArgs, *, isa: str | None = None) -> Prepared:
+    """See `Backend.prepare`. One reading and one writing of memory."""
+    _load()
+    rows, scales = empty_prepared(args)
+    token = None if args.token_of_slot is None else _rows(args.token_of_slot)
+    mean, factor = (None if x is None else x.contiguous() for x in (args.mean, args.factor))
+    torch.ops.permattn_native.cpu_prepare.default(
+        *(args.x, token, *_packed(Prologue(args.transform)), mean, factor),
+        *(_FORMATS.index(args.fmt), args.rows_per_scale, args.per_column),
+        *(rows, scales, _isa_number(isa)),
+    )
+    return rows, scales
+
+
+def smoothing_of(args: FwdArgs, *, isa: str | None = None) -> Smoothing:
+    """`core.prepare.smoothing_of` in one reading of k, and one of q where columns are balanced."""
+    quant, parts = args.plan.quant, args.plan.parts
+    if not (quant.smooth_k or quant.balance):
+        return Smoothing()
+    _load()
+    prologue = args.prologue or Prologue()
+    batch, heads, dim = args.q.shape[0], args.k.shape[1], args.q.shape[3]
+    total, low, high, count = _columns(args.k, [p.kv_perm for p in parts], prologue.k, isa)
+    mean = total / count if quant.smooth_k else None
+    if not quant.balance:
+        return Smoothing(mean)
+    if mean is not None:
+        low, high = low - mean, high - mean
+    k_high = torch.maximum(high, -low)
+    _, low, high, _ = _columns(args.q, [p.q_perm for p in parts], prologue.q, isa)
+    q_high = torch.maximum(high, -low).view(batch, heads, -1, dim).amax(2)
+    flat = (q_high < LEAST_MAXIMUM) | (k_high < LEAST_MAXIMUM)
+    k_factor = torch.where(flat, 1.0, (q_high / k_high).sqrt())
+    q_factor = (1.0 / k_factor).repeat_interleave(args.q.shape[1] // heads, 1)
+    return Smoothing(mean, k_factor, q_factor)
+
+
+def _columns(
+    x: Tensor, perms: Sequence[Permutation], transform: RowTransform | None, isa: str | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum, minimum and maximum of transformed columns, [B, H, D], over the tokens in some slot, and
+    how many these are."""
+    seen = _seen_tokens(x, perms)
+    shape = (x.shape[0], x.shape[1], x.shape[3])
+    total, low, high = (x.new_empty(shape, dtype=torch.float32) for _ in range(3))
+    torch.ops.permattn_native.cpu_column_statistics.default(
+        *(x, *_packed(Prologue(transform)), seen, total, low, high, _isa_number(isa))
+    )
+    tokens = x.new_tensor(x.shape[2]) if seen is None else seen.sum(-1, keepdim=True)
+    return total, low, high, tokens.clamp_min(1)
+
+
+def _seen_tokens(x: Tensor, perms: Sequence[Permutation]) -> Tensor | None:
+    """bool [1 or B, 1 or H, S]; None = all."""
+    if any(perm.is_identity for perm in perms):
+        return None
+    seen: Tensor | None = None
+    for perm in perms:
+        there = perm.slot_of_token >= 0
+        if there.shape[1] > x.shape[1]:
+            there = there.unflatten(1, (x.shape[1], -1)).any(2)
+        seen = there if seen is None else seen | there
+    return None if seen is None else seen.contiguous()
+
+
+def _packed(prologue: Prologue | None) -> tuple[list[Tensor], list[int], list[float]]:
+    """A prologue in flat form, its tensors contiguous float32."""
+    if prologue is None:
+        return [], [], []
+    tensors, ints, floats = pack_prologue(prologue)
+    return [x.to(torch.float32).contiguous() for x in tensors], ints, floats
+
+
+def _say_what_is_emulated(quant: QuantSpec) -> None:
+    if "int4" in (quant.qk, quant.pv):
+        say_once("int4 runs as int8 on this CPU: the numbers are int4's, the speed is not")
+    if quant.pv == "fp8":
+        say_once("fp8 runs in wider floats on this CPU: the numbers are fp8's, the speed is not")
 
 
 def backward(args: BwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +268,6 @@ def backward(args: BwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor, 
 
 
 def _plan(plan: AttnPlan) -> tuple[list[Tensor], list[int]]:
-
     tensors, ints = pack_plan(plan)
     return [_rows(x) for x in tensors], ints
 
