@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from permattn.models.diffusion.facts import ModelFacts, describe
+    from permattn.models.diffusion.handle import ParoHandle, apply_paro
     from permattn.models.diffusion.watch import Observation, observe
 
-__all__ = ["ModelFacts", "Observation", "describe", "observe"]
+__all__ = ["ModelFacts", "Observation", "ParoHandle", "apply_paro", "describe", "observe"]
 
 _HOMES = {
     "ModelFacts": "facts",
     "Observation": "watch",
+    "ParoHandle": "handle",
+    "apply_paro": "handle",
     "describe": "facts",
     "observe": "watch",
 }

@@ -22,8 +22,8 @@ from permattn.models.diffusion.family import (
 )
 
 _HOOK = "permattn"
-# Half a step of bfloat16 below 1.
-_BF16 = 2.0**-9
+# A step of bfloat16 below 1.
+_BF16 = 2.0**-8
 
 
 @dataclass(frozen=True)

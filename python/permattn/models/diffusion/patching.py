@@ -63,6 +63,7 @@ class Patch:
         self.is_bypassed = False
         self._run, self._on_call = run, on_call
         self._warned = False
+        self.on_stray: Callable[[], None] = lambda: None
         if PATCHED in model.__dict__:
             raise ValueError(
                 f"transformer: this {type(model).__name__} is in use by permattn already; call "
@@ -139,6 +140,7 @@ class Patch:
 
     def _attend(self, layer: Layer, call: AttentionCall) -> Tensor:
         if self.call is None:
+            self.on_stray()
             return call.dense()
         return self._run(self.call, layer, call)
 

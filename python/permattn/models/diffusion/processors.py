@@ -116,7 +116,8 @@ def wrapped(processor: Any) -> Any:
     """A private copy of a processor (they may be shared) that ends in our backend."""
     port = _PORTS.get(type(processor).__name__)
     new = copy.copy(processor) if port is None else port()
-    new.__class__ = _wrapped_class(type(new))
+    base: Any = type(new)
+    new.__class__ = _wrapped_class(base)
     new._attention_backend = backend_member()
     return new
 

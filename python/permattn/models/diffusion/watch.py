@@ -11,6 +11,7 @@ from torch import Tensor
 
 from permattn.core import TokenGrid
 from permattn.models.diffusion.call import TransformerCall
+from permattn.models.diffusion.family import DiffusionFamily
 from permattn.models.diffusion.masks import text_visible_of
 from permattn.models.diffusion.patching import Patch
 from permattn.models.diffusion.pipes import transformer_of
@@ -69,7 +70,7 @@ def observe(
     model, scheduler = transformer_of(pipe_or_transformer, component)
 
     def run(call: TransformerCall, layer: Layer, attention: AttentionCall) -> Tensor:
-        callback(_observation(patch, call, layer, attention))
+        callback(observation_of(patch.family, call, layer, attention))
         return attention.dense()
 
     patch = Patch(model, run, scheduler=scheduler)
@@ -79,9 +80,10 @@ def observe(
         patch.remove()
 
 
-def _observation(
-    patch: Patch, call: TransformerCall, layer: Layer, attention: AttentionCall
+def observation_of(
+    family: DiffusionFamily, call: TransformerCall, layer: Layer, attention: AttentionCall
 ) -> Observation:
+    """What an observer sees. Raises ValueError where the tokens are not one grid and text."""
     if attention.parallel is not None:
         raise ValueError("observe: context parallelism splits the tokens; observe without it")
     if call.size is None:
@@ -98,9 +100,9 @@ def _observation(
         q=q,
         k=k,
         v=v,
-        grid=call.grid(patch.family),
+        grid=call.grid(family),
         num_tokens=call.num_tokens,
-        text_visible=text_visible_of(attention.mask, call, patch.family),
+        text_visible=text_visible_of(attention.mask, call, family),
         sigma=call.sigma,
         step=call.step,
         num_steps=call.num_steps,
