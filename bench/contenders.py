@@ -9,12 +9,13 @@ import permattn
 import torch
 from permattn.backends import BACKENDS, resolve
 from permattn.core import AttnPlan, FwdArgs, Problem, Segment, TokenGrid, TokenRun
+from permattn.core.prepare import PrepareArgs
 from permattn.probe import probe_mass
 from torch import Tensor
 
-from bench import baselines, heads
+from bench import baselines, heads, local_heads
 from bench.planners import Planner
-from bench.plans import Dense, PlanBuilder, num_pairs
+from bench.plans import Dense, PlanBuilder, head_orders, num_pairs
 from bench.registry import Case, Run, Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -53,6 +54,9 @@ class Bench:
         case, shape = self.case, self.case.shape
         if case.inputs == "heads":
             self.q, self.k, self.v, self.segments = head_inputs(shape)
+        elif case.inputs == "local":
+            self.q, self.k, self.v = local_inputs(shape)
+            self.segments = (TokenGrid(0, *local_heads.grid_of(shape.num_tokens)),)
         else:
             self.q, self.k, self.v = make_inputs(shape, video=case.inputs == "video")
             self.segments = video_segments(shape.num_tokens)
@@ -89,6 +93,8 @@ class Bench:
             return self._finished(run, baselines.flex(self.q, self.k, self.v, plan), plan)
         if run.kind == "kernel":
             return self._finished(run, self._kernel(plan), plan)
+        if run.kind == "prepare":
+            return self._finished(run, self._prepare(plan), plan)
         return self._finished(run, self._attend(plan), plan)
 
     def _attend(self, plan: AttnPlan) -> Callable[[], Tensor]:
@@ -100,6 +106,19 @@ class Bench:
         backend = BACKENDS[resolve(problem, self.backend)]
         args = FwdArgs(self.q, self.k, self.v, plan, self.q.shape[3] ** -0.5)
         return lambda: backend.forward(args)[0]
+
+    def _prepare(self, plan: AttnPlan) -> Callable[[], object]:
+        """q, k and v of a plan of one part, permuted and quantised."""
+        problem = Problem.of(self.q, self.k, self.v, plan, needs_grad=False)
+        backend, quant, part = BACKENDS[resolve(problem, self.backend)], plan.quant, plan.parts[0]
+        q_order, kv_order = part.q_perm.token_of_slot, part.kv_perm.token_of_slot
+        q_rows, kv_rows = quant.q_rows_per_scale, quant.kv_rows_per_scale
+        jobs = (
+            PrepareArgs(self.q, q_order, fmt=quant.qk, rows_per_scale=q_rows),
+            PrepareArgs(self.k, kv_order, fmt=quant.qk, rows_per_scale=kv_rows),
+            PrepareArgs(self.v, kv_order, fmt=quant.pv, rows_per_scale=kv_rows, per_column=True),
+        )
+        return lambda: [backend.prepare(job) for job in jobs]
 
     def _probe(self) -> Callable[[], object]:
         """One probe of the last 64 queries, all heads."""
@@ -130,13 +149,13 @@ class Bench:
         pairs = heads * (n * (n + 1) / 2 if run.causal else float(n * n))
         if plan is not None:
             pairs = num_pairs(plan, shape.batch, shape.num_q_heads)
-        flops = 0.0 if run.kind in ("plan", "probe") else 4.0 * pairs * shape.head_dim
+        flops = 0.0 if run.kind in ("plan", "probe", "prepare") else 4.0 * pairs * shape.head_dim
         return Contender(
             call,
             plan,
             pairs,
             flops,
-            judged=run.kind not in ("sdpa", "plan", "probe"),
+            judged=run.kind not in ("sdpa", "plan", "probe", "prepare"),
             recall=run.kind == "planned" and self.case.inputs == "heads",
         )
 
@@ -164,6 +183,15 @@ def head_inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, tuple[Segment, ..
     names = [names[h % len(names)] for h in range(shape.num_q_heads)]
     prompt = heads.Prompt(shape.num_tokens)
     return *heads.constructed(names, prompt, dtype=DTYPES[shape.dtype]), prompt.segments
+
+
+def local_inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of heads that aggregate locally, outlier channels among them."""
+    grid, orders = local_heads.grid_of(shape.num_tokens), head_orders(shape.num_q_heads)
+    made = local_heads.inputs(
+        grid, orders, shape.head_dim, outliers=True, dtype=DTYPES[shape.dtype]
+    )
+    return made[0], made[1], made[2]
 
 
 def video_marks(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,17 @@ from permattn.core import AttnPart, AttnPlan, TokenBand
 from permattn.testing import float64_bound, masked_attention
 from torch import Tensor
 
+# Relative error of the output, on heads that aggregate locally: (qk, pv) -> at most, beside the
+# error that plain torch makes in the same dtype.
+QUANTISED_LIMITS = {
+    ("int8", "none"): 0.005,
+    ("int8", "fp8"): 0.015,
+    ("int8", "int8"): 0.005,
+    ("int8", "int4"): 0.03,
+    ("int4", "none"): 0.03,
+    ("int4", "int4"): 0.03,
+}
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -43,7 +54,10 @@ def sample_rows(num_tokens: int, count: int = 48, seed: int = 0) -> Tensor:
 def judge(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: AttnPlan, rows: Tensor | None = None
 ) -> Verdict:
-    """Compares `out` [B, Hq, Sq, Dv] with float64 on a sample of query rows."""
+    """Compares `out` [B, Hq, Sq, Dv] with float64 on a sample of query rows.
+
+    A quantised plan is judged by its relative error over all of them, against QUANTISED_LIMITS.
+    """
     rows = sample_rows(q.shape[2]) if rows is None else rows
     batch, heads = q.shape[:2]
     seen = visible_rows(plan, rows, batch, heads)
@@ -55,8 +69,15 @@ def judge(
         plain.append(masked_attention(some, keys, values, shown, scale)[0])
         doubles = (some.double(), keys.double(), values.double())
         exact.append(masked_attention(*doubles, shown, scale)[0])
-    error = float64_bound(out[:, :, rows], torch.cat(plain), torch.cat(exact))
     finite = bool(torch.isfinite(out).all())
+    if plan.quant.is_quantised:
+        limit = QUANTISED_LIMITS[plan.quant.qk, plan.quant.pv]
+        ours, torchs = (
+            float((x.double() - torch.cat(exact)).norm() / torch.cat(exact).norm())
+            for x in (out[:, :, rows], torch.cat(plain))
+        )
+        return Verdict(ours, torchs, limit + torchs, finite)
+    error = float64_bound(out[:, :, rows], torch.cat(plain), torch.cat(exact))
     return Verdict(error.ours, error.torchs, error.bound, finite)
 
 

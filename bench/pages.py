@@ -47,6 +47,7 @@ _GROUPS = {
     "prefill": "Sparse prefill, planning included",
     "length": "Where it begins to pay",
     "planners": "Other planners on the same kernel",
+    "paro": "PAROAttention: reordered, quantised",
     "threads": "Threads",
     "size": "Small, large, sparser",
 }

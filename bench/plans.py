@@ -5,10 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from permattn.core import AttnPart, AttnPlan, BlockIndex, Permutation, TokenBand
+from permattn import plan_paro
+from permattn.core import (
+    AttnPart,
+    AttnPlan,
+    BlockIndex,
+    Permutation,
+    QuantSpec,
+    TokenBand,
+    TokenGrid,
+)
 from permattn.core.plan import block_token_range
+from permattn.core.quant import PvFormat, QkFormat
 from permattn.patterns.dense import plan_dense
 from torch import Tensor
+
+from bench.local_heads import block_mask, grid_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,51 @@ class TwoParts:
         return AttnPlan(parts, validate=False)
 
 
-PlanBuilder = Dense | RandomBlocks | TwoParts
+@dataclass(frozen=True)
+class Paro:
+    """PAROAttention over a video of all tokens: an order for every head, its nearest blocks.
+
+    Args:
+        density: share of every row's blocks.
+        qk, pv: formats; INT4 gets the small scale groups that it needs.
+    """
+
+    density: float
+    qk: QkFormat = "none"
+    pv: PvFormat = "none"
+    block: int = 64
+
+    def __call__(self, num_tokens: int, heads: int) -> AttnPlan:
+        grid, orders = grid_of(num_tokens), head_orders(heads)
+        block = (self.block, self.block)
+        masks = {o: block_mask(grid, o, self.density, block) for o in set(orders)}
+        return plan_paro(
+            TokenGrid(0, *grid),
+            torch.tensor(orders),
+            torch.stack([masks[o] for o in orders]),
+            num_tokens=num_tokens,
+            block=block,
+            quant=quant_of(self.qk, self.pv),
+        )
+
+
+def head_orders(heads: int) -> list[int]:
+    """All six in turn."""
+    return [h % 6 for h in range(heads)]
+
+
+def quant_of(qk: QkFormat, pv: PvFormat) -> QuantSpec:
+    """The scales that docs/numerics.md recommends for a format."""
+    if qk == "none":
+        return QuantSpec()
+    if "int4" in (qk, pv):
+        return QuantSpec(
+            qk, pv, q_rows_per_scale=1, kv_rows_per_scale=16, smooth_k=True, balance=True
+        )
+    return QuantSpec(qk, pv, smooth_k=True)
+
+
+PlanBuilder = Dense | RandomBlocks | TwoParts | Paro
 
 
 def random_blocks(

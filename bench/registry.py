@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from permattn import HeadPattern
+from permattn.core.quant import PvFormat, QkFormat
 
 from bench.planners import (
     AUTO,
@@ -19,7 +20,7 @@ from bench.planners import (
     Static,
     XAttention,
 )
-from bench.plans import Dense, PlanBuilder, RandomBlocks, TwoParts
+from bench.plans import Dense, Paro, PlanBuilder, RandomBlocks, TwoParts
 
 Dtype = Literal["bf16", "fp32", "fp16"]
 
@@ -49,8 +50,9 @@ class Run:
     Args:
         name: as it appears in goals and results.
         kind: "sdpa" and "flex" are baselines; "ours" is `sparse_attention` with a plan; "kernel"
-            is the backend's forward alone; "probe" is one probe of the last 64 queries; "plan"
-            builds a planner's plan, "attend" attends with one built before, "planned" does both.
+            is the backend's forward alone; "probe" is one probe of the last 64 queries; "prepare"
+            permutes and quantises q, k and v and does not attend; "plan" builds a planner's plan,
+            "attend" attends with one built before, "planned" does both.
         plan: what ours and flex compute.
         planner: of plan, attend and planned.
         causal: of sdpa.
@@ -58,7 +60,7 @@ class Run:
     """
 
     name: str
-    kind: Literal["sdpa", "flex", "ours", "kernel", "probe", "plan", "attend", "planned"]
+    kind: Literal["sdpa", "flex", "ours", "kernel", "probe", "prepare", "plan", "attend", "planned"]
     plan: PlanBuilder | None = None
     planner: Planner | None = None
     causal: bool = False
@@ -102,21 +104,29 @@ class Case:
         inputs: "video" adds to q and k what a grid plan is there to find: tokens at one place of
             the frame attend to that place in earlier frames, and all to one place. "heads" are
             those of `bench.heads`, each of another kind; what a plan keeps of their attention is
-            measured as well.
+            measured as well. "local" are those of `bench.local_heads`, for bidirectional plans.
         quick: part of the smoke run.
         rounds: samples of every contender at most, where one of them takes long; None = as asked.
     """
 
     name: str
     group: Literal[
-        "speed", "structure", "planning", "prefill", "length", "planners", "threads", "size"
+        "speed",
+        "structure",
+        "planning",
+        "prefill",
+        "length",
+        "planners",
+        "paro",
+        "threads",
+        "size",
     ]
     title: str
     shape: Shape
     runs: tuple[Run, ...]
     goals: tuple[Goal, ...]
     probe: Literal["time", "memory"] = "time"
-    inputs: Literal["normal", "video", "heads"] = "normal"
+    inputs: Literal["normal", "video", "heads", "local"] = "normal"
     quick: bool = False
     rounds: int | None = None
 
@@ -381,6 +391,59 @@ COMPARED = Case(
     goals=tuple(Goal(f"{n} vs our causal dense list", "causal-dense", n) for n in PLANNERS),
 )
 
+# Formats of PAROAttention's table: name -> (qk, pv).
+PRECISIONS: dict[str, tuple[QkFormat, PvFormat]] = {
+    "int8": ("int8", "none"),
+    "int8+fp8": ("int8", "fp8"),
+    "int8+int8": ("int8", "int8"),
+    "int4+int4": ("int4", "int4"),
+}
+
+
+def paro_case(head_dim: int, target: float) -> Case:
+    """Reordered heads of a video at several densities and in several formats, beside dense SDPA."""
+    quantised = [
+        Run(f"30 % {name}", "ours", Paro(0.3, *formats)) for name, formats in PRECISIONS.items()
+    ]
+    return Case(
+        name=f"paro-16k-d{head_dim}",
+        group="paro",
+        title=f"bf16, D = {head_dim}, a video of 16 x 32 x 32 tokens, an order for every head",
+        shape=Shape("bf16", head_dim, num_tokens=16384),
+        inputs="local",
+        quick=head_dim == 64,
+        rounds=5,
+        runs=(
+            Run("sdpa", "sdpa"),
+            Run("dense", "ours", Dense(block_q=64, block_kv=64)),
+            *(Run(f"{d:.0%}", "ours", Paro(d)) for d in (0.5, 0.3, 0.2)),
+            Run("prepare", "prepare", Paro(0.3, "int8", "int8")),
+            *quantised,
+        ),
+        goals=(
+            Goal("50 % bf16 vs SDPA", "sdpa", "50%", own="dense"),
+            Goal("30 % bf16 vs SDPA", "sdpa", "30%", target, own="dense"),
+            Goal("20 % bf16 vs SDPA", "sdpa", "20%", own="dense"),
+            Goal(
+                "permute and quantise as a share of the attention that follows",
+                "prepare",
+                "30%",
+                0.06,
+                at_most=True,
+            ),
+            *(
+                Goal(
+                    f"{run.name} vs 30 % bf16",
+                    "30%",
+                    run.name,
+                    0.85 if run.name.endswith(("int8", "int8+int8")) else None,
+                )
+                for run in quantised
+            ),
+        ),
+    )
+
+
 SCALING = Case(
     name="scaling-16k",
     group="size",
@@ -454,6 +517,8 @@ CASES: tuple[Case, ...] = (
     LONG,
     *(length_case(1024 * n) for n in (1, 2, 4, 8)),
     COMPARED,
+    paro_case(64, 5.0),
+    paro_case(128, 4.0),
     SCALING,
     THREADS,
     TINY,
