@@ -255,20 +255,15 @@ def _gpu(report: dict[str, Any]) -> str:
     for name, section in report["sections"].items():
         if name.startswith("prefill ") and section["data"]:
             lines += _gpu_prefill(section["data"])
+        if name.startswith("paro ") and isinstance(section["data"], dict):
+            lines += _gpu_paro(name, section["data"])
     return "\n".join(lines) + "\n"
 
 
 def _gpu_prefill(data: dict[str, Any]) -> Iterable[str]:
     """One length: what was aimed at, our planners itemised, and what others did."""
     yield f"\n### Prefill of {data['tokens']} tokens ({data['shape']})\n"
-    yield "| ratio | measured | target |\n|---|---|---|"
-    for name, goal in data["ratios"].items():
-        target = ""
-        if goal["target"] is not None:
-            missed = (goal["value"] > goal["target"]) == goal["at_most"]
-            sign = "at most" if goal["at_most"] else "at least"
-            target = f"{sign} {goal['target']:g}{', **missed**' if missed else ''}"
-        yield f"| {name} | {goal['value']:.3g} | {target} |"
+    yield from _gpu_ratios(data["ratios"])
     yield (
         "\n| planner or kernel | listed | recall, mean (worst) | plan, ms | attend, ms | both, ms "
         "| TFLOP/s | peak, GB |\n|---|---|---|---|---|---|---|---|"
@@ -283,6 +278,34 @@ def _gpu_prefill(data: dict[str, Any]) -> Iterable[str]:
         rate = f"{run['tflops']:.1f}" if "tflops" in run else ""
         peak = f"{run['peak_gb']:.1f}" if "peak_gb" in run else ""
         yield "| " + " | ".join((run["run"], listed, kept, *times, rate, peak)) + " |"
+
+
+def _gpu_ratios(ratios: dict[str, dict[str, Any]]) -> Iterable[str]:
+    yield "| ratio | measured | target |\n|---|---|---|"
+    for name, goal in ratios.items():
+        target = ""
+        if goal["target"] is not None:
+            missed = (goal["value"] > goal["target"]) == goal["at_most"]
+            sign = "at most" if goal["at_most"] else "at least"
+            target = f"{sign} {goal['target']:g}{', **missed**' if missed else ''}"
+        yield f"| {name} | {goal['value']:.3g} | {target} |"
+
+
+def _gpu_paro(name: str, data: dict[str, Any]) -> Iterable[str]:
+    """One layer of a video model in every format; the targets are the paper's, of bf16."""
+    yield f"\n### {name} ({data['shape']})\n"
+    yield from _gpu_ratios(data["ratios"])
+    yield (
+        "\n| run | ms | TFLOP/s | permute and quantise, ms | column statistics, ms |\n"
+        "|---|---|---|---|---|"
+    )
+    for run in (*data["ours"], *data["others"]):
+        if "why_not" in run:
+            yield f"| {run['run']} | {run['why_not']} | | | |"
+            continue
+        times = [f"{run[x]:.4g}" if x in run else "" for x in ("prepare_ms", "statistics_ms")]
+        rate = f"{run['tflops']:.1f}" if "tflops" in run else ""
+        yield "| " + " | ".join((run["run"], f"{run['ms']:.4g}", rate, *times)) + " |"
 
 
 def _order(row: Row) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_prefill, gpu_sections
+from bench import gpu, gpu_paro, gpu_prefill, gpu_sections
 from bench.pages import performance_page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ else:
 sys.path.insert(0, {tree!r} + "/bench")
 import gpu
 gpu.use_tree()
-import permattn, permattn.triton_kernels, bench.gpu_sections, bench.gpu_prefill
+import permattn, permattn.triton_kernels, bench.gpu_sections, bench.gpu_prefill, bench.gpu_paro
 print(permattn.__file__)
 print(permattn.triton_kernels.__file__)
 print("triton" in sys.modules)
@@ -105,6 +105,40 @@ def test_another_kernel_that_fails_is_data(prefill_on_cpu, monkeypatch):
     data = prefill_on_cpu()
     assert data["others"][0] == {"run": "sdpa-flash", "why_not": "OutOfMemoryError: no room"}
     assert list(data["ratios"]) == ["planning over attention, grid"]
+
+
+@pytest.fixture
+def paro_on_cpu(monkeypatch):
+    monkeypatch.setattr(gpu_paro, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(gpu_prefill, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(gpu_prefill, "BUDGET_MS", 0.0)
+    tiny = gpu_paro.Layer((3, 8, 9), 6, 64, text=20)
+    monkeypatch.setattr(gpu_paro, "LAYERS", {"tiny": tiny})
+
+
+def test_a_paro_layer_is_itemised(paro_on_cpu, tmp_path):
+    data = gpu_paro.timing("cpu", "tiny", (0.5, 0.3))
+    assert json.loads(json.dumps(data)) == data
+    assert [x["run"] for x in data["ours"]][:2] == ["50% bf16", "50% int8"]
+    for run in data["ours"]:
+        assert ("prepare_ms" in run) == ("bf16" not in run["run"])
+    others = {x["run"]: x for x in data["others"]}
+    assert others["sageattention"]["why_not"].startswith("ModuleNotFoundError")
+    assert data["ratios"]["30% bf16 over SDPA flash"]["target"] == 2.71
+    report = {"machine": {"device": "Card", "torch": "2"}, "commit": "abc", "utc": "2026-01-02T"}
+    report["sections"] = {"paro tiny": {"ok": True, "error": "", "data": data}}
+    (tmp_path / "gpu-card.json").write_text(json.dumps(report))
+    page = performance_page(tmp_path)
+    assert "### paro tiny (236 tokens, 6 heads, D = 64, bf16)" in page
+    assert "| 50% int8+int8 |" in page
+
+
+def test_paro_correctness_runs_and_goes_red(paro_on_cpu, monkeypatch):
+    monkeypatch.setattr(gpu_paro, "FORMATS", {"int8+int8": ("int8", "int8")})
+    assert [x["case"] for x in gpu_paro.correctness("cpu")] == ["int8+int8-d64", "int8+int8-d128"]
+    monkeypatch.setattr(gpu_paro, "attend", lambda b, q, k, v, plan: lambda: 1.05 * v)
+    with pytest.raises(AssertionError, match="differ from the reference"):
+        gpu_paro.correctness("cpu")
 
 
 def runs_at(num_tokens: int) -> dict:

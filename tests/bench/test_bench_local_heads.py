@@ -20,9 +20,12 @@ ORDERS = head_orders(6)
 
 def plan_of(orders: list[int], density: float = 0.3) -> AttnPlan:
     """Every head in the order given, with the blocks nearest in its own widths."""
-    masks = [local_heads.block_mask(GRID, order, density, (64, 64)) for order in orders]
+    masks = {order: local_heads.block_mask(GRID, order, density, (64, 64)) for order in set(orders)}
     return pa.plan_paro(
-        pa.TokenGrid(0, *GRID), torch.tensor(orders), torch.stack(masks), num_tokens=TOKENS
+        pa.TokenGrid(0, *GRID),
+        torch.tensor(orders),
+        torch.stack([masks[order] for order in orders]),
+        num_tokens=TOKENS,
     )
 
 
