@@ -19,6 +19,8 @@ def block_mass(args: BlockMassArgs) -> Blocks:
     q, k = args.q, args.k
     batch, heads = q.shape[:2]
     found = empty_blocks(q, args.q_blocks.shape[0], args.num_kv_blocks, args.eps)
+    if not found[0].numel():
+        return found
     slot = args.q_blocks[:, None] * args.block_q + _arange(args.block_q, q)
     group = heads // k.shape[1]
     for b in range(batch):
@@ -87,8 +89,6 @@ def _key_columns(args: BlockMassArgs, k: Tensor, token: Tensor) -> Tensor:
 
 def _tokens_at(token: Tensor, slot: Tensor) -> Tensor:
     """The tokens at slots; -1 past the last slot."""
-    if not token.numel():
-        return torch.full_like(slot, -1)
     last = token.shape[0] - 1
     return torch.where(slot <= last, token[slot.clamp_max(last)], -1)
 
