@@ -432,6 +432,7 @@ class _Measuring:
             "bins": options.bins,
             "order_steps": options.order_steps,
             "order_stride": options.order_stride,
+            "orders": None if options.orders is None else list(options.orders),
             "native_cells": None if cells is None else cells.tolist(),
             "seed": options.seed,
             "backend": options.backend,

@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from permattn.core.axis_order import AXIS_ORDERS
+
 Metric = Literal["mass", "paper"]
 Scope = Literal["model", "layer", "head", "coverage"]
 Bins = Literal["half_shared", "per_step", "shared"] | int
@@ -43,6 +45,7 @@ class MeasureOptions:
             one for the second; "per_step"; "shared"; or a number of bins of alike many steps.
         order_steps: how many of the sampled steps orders are chosen from.
         order_stride: orders are compared on every so-manieth query block, of 16 blocks at least.
+        orders: the candidates, numbers of `AXIS_ORDERS`; None = all that differ on the grid.
         native_cells: see `permattn.plan_paro`; makes the order of the tokens a candidate.
         seed: of the noise, where a prompt does not bring a generator or latents.
         backend: see `permattn.sparse_attention`.
@@ -58,6 +61,7 @@ class MeasureOptions:
     bins: Bins = "half_shared"
     order_steps: int = 4
     order_stride: int = 8
+    orders: tuple[int, ...] | None = None
     native_cells: Tensor | None = None
     seed: int = 0
     backend: str = "auto"
@@ -78,6 +82,11 @@ class MeasureOptions:
             least = 1 if isinstance(steps, int) else 0
             if not numbers or any(type(n) is not int or n < least for n in numbers):
                 raise ValueError(f"sampled_steps: wants a count or numbers of steps, got {steps!r}")
+        orders = self.orders
+        if orders is not None and (not orders or not set(orders) <= set(range(len(AXIS_ORDERS)))):
+            raise ValueError(
+                f"orders: wants numbers below {len(AXIS_ORDERS)}, at least one, got {orders}"
+            )
         for name in ("order_steps", "order_stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: wants at least 1, got {getattr(self, name)}")

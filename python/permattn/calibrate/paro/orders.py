@@ -20,7 +20,7 @@ _TIE = 1e-5
 
 def orders_of(grid: TokenGrid, options: MeasureOptions) -> tuple[int, ...]:
     """The candidates on a grid, ascending."""
-    orders = candidate_orders((grid.frames, grid.height, grid.width))
+    orders = options.orders or candidate_orders((grid.frames, grid.height, grid.width))
     return orders if options.native_cells is None else (*orders, NATIVE_ORDER)
 
 
