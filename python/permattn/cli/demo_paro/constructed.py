@@ -28,8 +28,10 @@ TEXT_DIM, TIME_DIM = 64, 256
 # Noise levels of the fit, and the ridge relative to the size of what is fitted.
 LEVELS = (0.05, 0.15, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 _RIDGE = 1e-3
+# Levels on which heads are weighted: at the low ones the patch itself tells most.
+_NOISY_LEVELS = slice(5, None)
 # Nats that two patches of one unit of brightness give each other for being alike.
-_LIKENESS = 1.5
+_LIKENESS = 0.8
 # Channels of mean brightness and mean colour.
 _MEANS = (0, 10, 13)
 _SEED = 20250616
@@ -212,7 +214,8 @@ def _fit_layers(model: Any, clean: Tensor, sizes: Sizes, generator: torch.Genera
         block(hidden, text, still, rotary)
         hook.remove()
         per_head = outputs[0].unflatten(-1, (-1, VALUES)).transpose(-1, -2)
-        weights = _solve(per_head.flatten(0, 2), (target - hidden[..., ESTIMATE]).flatten()[:, None])
+        lacking = target - hidden[..., ESTIMATE]
+        weights = _solve(per_head[_NOISY_LEVELS].flatten(0, 2), lacking[_NOISY_LEVELS].reshape(-1, 1))
         found.append(per_head @ weights[:, 0].float())
         hidden[..., ESTIMATE] += found[-1]
         block.scale_shift_table[0, _ATTENTION_GATE, ESTIMATE] = 1.0

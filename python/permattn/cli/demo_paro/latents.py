@@ -22,7 +22,7 @@ _TO_YCC = torch.tensor(
 ) / torch.tensor([[3.0], [2.0], [6.0]]).sqrt()
 # Pixel values per unit of latent, for a block's mean brightness, its mean colour and all else: as in
 # a trained VAE, no channel drowns the others.
-_SCALE_MEAN, _SCALE_COLOUR, _SCALE_REST = 1.9, 0.7, 0.3
+_SCALE_MEAN, _SCALE_COLOUR, _SCALE_REST = 0.7, 0.4, 0.2
 # Motion of the camera over the whole video, as a share of the frame.
 _DRIFT, _ZOOM = 0.035, 0.04
 
