@@ -16,7 +16,6 @@ from permattn.models.diffusion.processors import (
     Layer,
     backend_member,
     dense_backend_of,
-    is_wrapped,
     mark,
     unmark,
     wrapped,
@@ -73,6 +72,8 @@ class Patch:
         for module in modules:
             self._check(module.processor)
         self._places: list[_Place] = []
+        # diffusers keeps processors and puts them back later: ours, and what stood there, by id.
+        self._made: dict[int, tuple[Any, Any]] = {}
         for number, module in enumerate(modules):
             layer = Layer(number, self._attend, dense_backend_of(module.processor))
             mark(module, layer)
@@ -109,6 +110,7 @@ class Patch:
         before = attention.processor
         ours = wrapped(before)
         attention.set_processor(ours)
+        self._made[id(ours)] = (ours, before)
         return _Place(attention, ours, before)
 
     def _enter(self, call: TransformerCall) -> None:
@@ -128,12 +130,12 @@ class Patch:
             self._on_call(call)
 
     def _adopt_new_processors(self) -> None:
-        """CogVideoX's fuse_qkv_projections replaces processors: wraps what it put in."""
+        """CogVideoX's fuse_qkv_projections replaces processors: wraps what it put there."""
         for i, place in enumerate(self._places):
             processor = place.attention.processor
             if processor is not place.ours:
-                if is_wrapped(processor):
-                    place.ours = processor
+                if id(processor) in self._made:
+                    place.ours, place.before = self._made[id(processor)]
                     continue
                 self._check(processor)
                 self._places[i] = self._wrap(place.attention)
@@ -147,10 +149,8 @@ class Patch:
     def _forget_kept_processors(self) -> None:
         """unfuse_qkv_projections puts back processors that it kept: not ours, after us."""
         kept = getattr(self.model, "original_attn_processors", None)
-        if kept:
-            before = {id(place.ours): place.before for place in self._places}
-            for name, processor in kept.items():
-                kept[name] = before.get(id(processor), processor)
+        for name, processor in (kept or {}).items():
+            kept[name] = self._made.get(id(processor), (None, processor))[1]
 
 
 def _carry_over(ours: Any, before: Any) -> None:

@@ -87,9 +87,13 @@ class _Entered(threading.local):
 
 
 class _Traced:
-    """The same while dynamo traces, which cannot follow thread-local attributes."""
+    """The same while dynamo traces, which cannot follow thread-local attributes.
 
-    key: Tensor | None = None
+    An attribute from the start: dynamo guards on whether there is one.
+    """
+
+    def __init__(self) -> None:
+        self.key: Tensor | None = None
 
 
 _ENTERED = _Entered()
@@ -129,11 +133,6 @@ def dense_backend_of(processor: Any) -> Any:
     return processor._attention_backend
 
 
-def is_wrapped(processor: Any) -> bool:
-    """Whether `wrapped` made it."""
-    return getattr(type(processor), "permattn_wrapped", False)
-
-
 @functools.cache
 def _wrapped_class(base: Any) -> Any:
     # One class for all layers: dynamo guards on the type of a processor. The signature stays,
@@ -157,7 +156,7 @@ def _wrapped_class(base: Any) -> Any:
     return type(
         f"Permattn{base.__name__}",
         (base,),
-        {"__call__": call, "__module__": __name__, "permattn_wrapped": True},
+        {"__call__": call, "__module__": __name__},
     )
 
 
