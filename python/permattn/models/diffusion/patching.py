@@ -148,7 +148,7 @@ class Patch:
 
     def _forget_kept_processors(self) -> None:
         """unfuse_qkv_projections puts back processors that it kept: not ours, after us."""
-        kept = getattr(self.model, "original_attn_processors", None)
+        kept: Any = getattr(self.model, "original_attn_processors", None)
         for name, processor in (kept or {}).items():
             kept[name] = self._made.get(id(processor), (None, processor))[1]
 
