@@ -194,6 +194,11 @@ def select_quantised_config(
     rows = max(MIN_TILE, next_power_of_2(unit))
     if pv == "none" and element_size == 4:
         wide = _SINGLE["fwd", width]
-        return Config(min(rows, wide.block_m), max(wide.block_n, 16), wide.num_warps, 1, 255)
+        return Config(min(rows, wide.block_m), wide.block_n, wide.num_warps, 1, 255)
     block_n = 64 if pv == "none" else kv_rows
-    return Config(min(rows, 64), block_n, 4 if width == 64 else 8, 2)
+    family = family_of(capability)
+    if family == 120 and pv == "none" and width > 64:
+        block_n = 32
+    # Where warps multiply on their own, a tile of 64 rows lives in the registers of eight.
+    warps = 4 if width == 64 and block_n <= 64 and family in (90, 100) else 8
+    return Config(min(rows, 64), block_n, warps, 2)

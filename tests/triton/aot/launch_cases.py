@@ -15,6 +15,7 @@ TOKENS = 256
 HEADS, KV_HEADS = 4, 2
 EVERY = (80, 86, 89, 90, 100, 120)
 SAMPLE = (80, 90, 120)
+WITH_FLOAT8 = (80, 89, 90, 100, 120)
 BRAIN, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -207,12 +208,19 @@ def _cases() -> tuple[Case | ProbeCase | QuantCase, ...]:
 
 
 def _quantised_cases() -> list[QuantCase]:
+    """Every format at both head dims; other groups of keys, plans and dtypes by sample."""
     cases = []
     for dim in (64, 128):
         for pv in ("none", "int8", "fp8"):
+            transform = "pairs" if pv == "int8" else "none"
             spec = QuantSpec("int8", pv, 64, 64, smooth_k=True)
-            cases.append(QuantCase("orders", spec, "pairs", BRAIN, dim, EVERY))
-            cases.append(QuantCase("gather", spec, "none", BRAIN, dim, EVERY))
+            cases.append(QuantCase("orders", spec, transform, BRAIN, dim, WITH_FLOAT8))
+    for pv, rows in (("int8", 32), ("int8", 128), ("fp8", 128), ("none", 128)):
+        spec = QuantSpec("int8", pv, 64, rows)
+        cases.append(QuantCase("gather", spec, "none", BRAIN, 128, SAMPLE))
+    spec = QuantSpec("int4", "int4", 16, 64, balance=True)
+    cases.append(QuantCase("orders", spec, "across", HALF, 128, SAMPLE))
+    cases.append(QuantCase("orders", QuantSpec("int8"), "none", SINGLE, 64, SAMPLE))
     return cases
 
 
