@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ class Measurement:
         axis_orders: uint8 [L, H].
         means: block sums per bin and layer, in the order of every head.
         sigma_edges: noise levels between bins.
-        num_steps: steps of a run.
+        num_steps: steps of a run, as its scheduler counts them.
         text_tokens: joint text tokens.
     """
 
@@ -188,6 +189,7 @@ class _Watch:
         self._name, self._subject = name, subject
         self.sigmas: list[float] = []
         self.grid: tuple[int, int, int] | None = None
+        self.num_steps: int | None = None
         self.text_tokens = 0
         self._calls: dict[int, int] = {}
 
@@ -208,14 +210,19 @@ class _Watch:
         """What a resumed search needs to know of this run."""
         if self.grid is None:
             raise ValueError(f"{self._name}: ran without a single self-attention call")
-        return {"sigmas": self.sigmas, "grid": list(self.grid), "text_tokens": self.text_tokens}
+        return {
+            "sigmas": self.sigmas,
+            "num_steps": self.num_steps or len(self.sigmas),
+            "grid": list(self.grid),
+            "text_tokens": self.text_tokens,
+        }
 
     def _check(self, seen: Seen) -> None:
         subject = self._subject
         grid = (seen.grid.frames, seen.grid.height, seen.grid.width)
         if self.grid not in (None, grid):
             raise ValueError(f"{self._name}: the grid changes from {self.grid} to {grid}")
-        self.grid = grid
+        self.grid, self.num_steps = grid, seen.num_steps
         self.text_tokens = max(self.text_tokens, seen.num_tokens - seen.grid.num_tokens)
         if not 0 <= seen.layer < subject.num_layers:
             raise ValueError(f"layer: wants 0 to {subject.num_layers - 1}, got {seen.layer}")
@@ -241,7 +248,6 @@ class _Measuring:
         self._run, self._num_runs, self._subject, self._options = run, num_runs, subject, options
         self._folder, self._on_progress = resume, on_progress
         self._state = State(resume, self._arguments(identity))
-        self._dense: dict[int, AttnPlan] = {}
 
     def run(self) -> Measurement:
         options = self._options
@@ -260,7 +266,7 @@ class _Measuring:
         self._masks_stage(sums, dict(zip(steps, bins, strict=True)), axis_orders, facts)
         return Measurement(
             *(self._subject, options, grid, axis_orders, sums, edges),
-            *(len(sigmas), facts["text_tokens"]),
+            *(facts["num_steps"], facts["text_tokens"]),
         )
 
     def _orders_stage(self) -> dict[str, Any]:
@@ -379,25 +385,8 @@ class _Measuring:
 
     def _lse(self, seen: Seen) -> Tensor:
         """float32 [B, H, S] over every key that is seen, text included."""
-        count = seen.num_tokens
-        if seen.text_visible is None:
-            plan = self._dense.get(count)
-            if plan is None or plan.device != seen.q.device:
-                plan = plan_dense(count, count, causal=False, device=seen.q.device)
-                self._dense = {count: plan}
-        else:
-            order = torch.zeros(1, dtype=torch.int64, device=seen.q.device)
-            blocks = [ceil_div(seen.grid.num_tokens, size) for size in self._options.block]
-            plan = plan_paro(
-                seen.grid,
-                order,
-                torch.ones(1, *blocks, dtype=torch.bool, device=seen.q.device),
-                num_tokens=count,
-                block=self._options.block,
-                text_visible=seen.text_visible,
-            )
         # The values do not matter.
-        backend = self._options.backend
+        plan, backend = everything(seen, self._options.block), self._options.backend
         lse = sparse_attention_with_lse(seen.q, seen.k, seen.k, plan, backend=backend)[1].float()
         # A vision query sees itself at least, so -inf comes from NaN scores alone.
         if not bool(lse[:, :, seen.grid.start : seen.grid.stop].isfinite().all()):
@@ -439,6 +428,27 @@ class _Measuring:
             "seed": options.seed,
             "backend": options.backend,
         }
+
+
+def everything(seen: Seen, block: tuple[int, int]) -> AttnPlan:
+    """The plan of exact attention for one call: every token sees all but padded text."""
+    if seen.text_visible is None:
+        return _dense(seen.num_tokens, seen.q.device)
+    device = seen.q.device
+    blocks = [ceil_div(seen.grid.num_tokens, size) for size in block]
+    return plan_paro(
+        seen.grid,
+        torch.zeros(1, dtype=torch.int64, device=device),
+        torch.ones(1, *blocks, dtype=torch.bool, device=device),
+        num_tokens=seen.num_tokens,
+        block=block,
+        text_visible=seen.text_visible,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _dense(num_tokens: int, device: torch.device) -> AttnPlan:
+    return plan_dense(num_tokens, num_tokens, causal=False, device=device)
 
 
 def _check_alike(first: dict[str, Any], facts: dict[str, Any], r: int) -> None:

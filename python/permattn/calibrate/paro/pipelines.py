@@ -85,9 +85,8 @@ def measure(
     calls = check_prompts(prompts, call_kwargs)
 
     def run(number: int, on_seen: Callable[[Seen], None]) -> None:
-        arguments = _arguments(pipe, calls[number], options.seed + number)
         with observe(pipe, on_seen, component=component), torch.no_grad():
-            pipe(**arguments)
+            call_pipe(pipe, calls[number], options.seed + number)
 
     return measure_runs(
         run,
@@ -125,15 +124,15 @@ def check_prompts(
     return calls
 
 
-def _arguments(pipe: Any, call: dict[str, Any], seed: int) -> dict[str, Any]:
-    """A call's arguments, with noise that is the same every time, and without decoding."""
+def call_pipe(pipe: Any, call: Mapping[str, Any], seed: int) -> Any:
+    """Runs a pipeline, with noise that is the same every time, and without decoding."""
     known = inspect.signature(type(pipe).__call__).parameters
     own: dict[str, Any] = {}
     if "output_type" in known:
         own["output_type"] = "latent"
     if "generator" in known and call.get("latents") is None:
         own["generator"] = torch.Generator("cpu").manual_seed(seed)
-    return {**own, **call}
+    return pipe(**{**own, **call})
 
 
 def _facts(value: Any) -> Any:
