@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from permattn.core.block_mass import BlockMassArgs, BlockMassProblem, Blocks, empty_blocks
 from permattn.core.permutation import Permutation
 from permattn.core.plan import AttnPlan
 from permattn.core.prepare import PrepareArgs, Prepared, smoothing_of
@@ -30,6 +31,8 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A group's rows stay in registers while it is quantised.
 MAX_ROWS_PER_SCALE = 128
+# A block of block masses is a tile.
+MAX_MASS_BLOCK = 128
 # Where P is quantised, a group of keys is a tile, which a matrix instruction takes.
 TILE_ROWS = (32, 64, 128)
 # Both are settled once, here: a look-up inside why_not would break fullgraph compilation. Triton
@@ -124,6 +127,38 @@ def probe_kernels(args: ProbeArgs) -> Masses:
         functools.reduce(torch.add, parts) for parts in (columns, squares, diagonals)
     )
     return torch.cat(lses, 2), column, square, diagonal
+
+
+def why_not_block_mass(problem: BlockMassProblem) -> str | None:
+    why = _why_no_kernels(problem.device_type, problem.dtype)
+    if why is not None:
+        return why
+    if problem.head_dim > MAX_HEAD_DIM:
+        return f"head dims go up to {MAX_HEAD_DIM}, got D = {problem.head_dim}"
+    if max(problem.block_q, problem.block_kv) > MAX_MASS_BLOCK:
+        return f"takes blocks up to {MAX_MASS_BLOCK}, got {problem.block_q} x {problem.block_kv}"
+    return _why_not_this_device(problem.device_type)
+
+
+def block_mass(args: BlockMassArgs) -> Blocks:
+    with _on_device_of(args.q):
+        return block_mass_kernels(args)
+
+
+def block_mass_kernels(args: BlockMassArgs) -> Blocks:
+    """Launches a measurement."""
+    from permattn.triton_kernels.block_mass import Masses, launch_block_mass
+    from permattn.triton_kernels.launch import compact
+
+    found = empty_blocks(args.q, args.q_blocks.shape[0], args.num_kv_blocks, args.eps)
+    q_token, kv_token = compact(args.token_of_q_slot), compact(args.token_of_kv_slot)
+    launch_block_mass(
+        Masses(
+            *(args.q, args.k, q_token, kv_token, args.q_blocks.contiguous()),
+            *(args.lse.contiguous(), args.block_q, args.block_kv, args.scale, args.eps, *found),
+        )
+    )
+    return found
 
 
 def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:
