@@ -7,8 +7,19 @@
 #include "../../csrc/cpu/cpu.h"
 #include "../../csrc/cpu/dispatch_internal.h"
 
+#include "../../csrc/cpu/isa/target_avx512.h"
+namespace permattn::cpu::preparing {
+#include "../../csrc/cpu/kernel/base.inl"
+#include "../../csrc/cpu/kernel/prepare.inl"
+}  // namespace permattn::cpu::preparing
+#include "../../csrc/cpu/isa/target_end.h"
+
 namespace permattn::cpu {
-Kernels select_kernels(Isa, Dtype dtype) { return amx_bf16_kernels(dtype); }
+Kernels select_kernels(Isa, Dtype dtype) {
+  Kernels kernels = amx_bf16_kernels(dtype);
+  preparing::add_prepare_kernels<preparing::BFloat16>(kernels);
+  return kernels;
+}
 }  // namespace permattn::cpu
 
 namespace {
@@ -24,7 +35,7 @@ permattn::IntView view(const int32_t* data, const int64_t* shape) {
 }  // namespace
 
 // sizes: B, Hq, Hkv, Sq, Skv, D, Dv; q, k, v, out bf16 and contiguous; plan_tensors, plan_shapes
-// and plan_ints as core.packing.pack_plan makes them (contiguous). Returns the number of tile
+// and plan_ints as core.packing.pack_plan makes them (contiguous). Without smoothing. Returns the number of tile
 // products, or -1 when a tile was used wrongly.
 extern "C" int amx_forward(const void* q, const void* k, const void* v, void* out, float* lse,
                            const int64_t* sizes, float scale, int64_t num_parts,
@@ -63,7 +74,18 @@ extern "C" int amx_forward(const void* q, const void* k, const void* v, void* ou
   p.out = {out, sizes[1] * sizes[3] * dv, sizes[3] * dv, dv};
   p.lse = lse;
   tile_emulation::state = {};
-  cpu::forward(p, Isa::kAmxBf16, {1, run_in_order});
+  if (plan_ints[0] == 0) {
+    cpu::forward(p, Isa::kAmxBf16, {1, run_in_order});
+  } else {
+    constexpr Format kQk[] = {Format::kNone, Format::kInt8, Format::kInt4};
+    constexpr Format kPv[] = {Format::kNone, Format::kFp8, Format::kInt8, Format::kInt4};
+    QuantisedCall call{};
+    call.qk = kQk[plan_ints[0]];
+    call.pv = kPv[plan_ints[1]];
+    call.q_rows = plan_ints[2];
+    call.kv_rows = plan_ints[3];
+    cpu::forward_quantised(p, call, Isa::kAmxBf16, {1, run_in_order});
+  }
   const bool restored = tile_emulation::state.config[0] == 0;
   return tile_emulation::state.errors == 0 && restored ? tile_emulation::state.products : -1;
 }

@@ -11,7 +11,9 @@ import pytest
 import torch
 from permattn import TokenBand, testing
 from permattn.backends import cpu
+from permattn.core import AttnPlan, QuantSpec
 from permattn.core.packing import pack_plan
+from permattn.core.problem import FwdArgs
 from permattn.patterns.dense import plan_dense
 from permattn.probe import ProbeMass
 
@@ -34,7 +36,7 @@ def amx(tmp_path_factory):
     flags = (ROOT / "csrc" / "compile_flags.txt").read_text().replace("-O3", "-O2").split()
     sources = [
         ROOT / "tests/native/amx_harness.cpp",
-        *(ROOT / "csrc/cpu" / f"{x}.cpp" for x in ("forward", "probe")),
+        *(ROOT / "csrc/cpu" / f"{x}.cpp" for x in ("forward", "prepare", "probe", "quantised")),
     ]
     flags.append("-fvisibility=default")
     command = [COMPILER, *flags, "-shared", *map(str, sources), "-o", str(library)]
@@ -85,6 +87,39 @@ def test_emulated_tiles_match_float64(amx, plan, dim, dim_v):
     plain = testing.masked_attention(q, k, v, visible, scale)
     for name, a, p, e in zip(("out", "lse"), ours, plain, exact, strict=True):
         testing.assert_within(a, p, e, name)
+
+
+def one_part():
+    return testing.random_plan(
+        90, 150, heads=4, permuted=True, holes=5, block_q=48, block_kv=80, band=TokenBand(-9, 90)
+    )
+
+
+def three_parts():
+    return testing.split_plan(90, 150, heads=4)
+
+
+@pytest.mark.parametrize(
+    ("plan", "kv_rows"), [(one_part, 16), (one_part, 20), (one_part, 80), (three_parts, 16)]
+)
+@pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (128, 33)])
+@pytest.mark.parametrize("formats", ["int8-int8", "int4-int4", "int8-none", "int8-fp8"])
+def test_emulated_tiles_give_the_bits_of_vectors(amx, formats, dim, dim_v, plan, kv_rows):
+    """Sums of integers have one value, and the float arithmetic around them is shared."""
+    qk, pv = formats.split("-")
+    plan = AttnPlan(plan().parts, QuantSpec(qk, pv, 16, kv_rows))
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, h, s, w, generator=g).bfloat16()
+        for h, s, w in ((4, 90, dim), (2, 150, dim), (2, 150, dim_v))
+    )
+    ours = run(amx.amx_forward, q, k, v, plan, dim**-0.5)
+    vectors = cpu.forward(FwdArgs(q, k, v, plan, dim**-0.5), isa="avx512_bf16")
+    for a, b in zip(ours, vectors, strict=True):
+        if pv in ("none", "fp8"):  # tiles sum floats in another order
+            torch.testing.assert_close(a, b, atol=1e-3, rtol=2e-2)
+        else:
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

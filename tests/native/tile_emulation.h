@@ -42,23 +42,35 @@ inline void store(int t, void* base, int64_t stride) {
   auto* p = static_cast<uint8_t*>(base);
   for (int r = 0; r < num_rows(t); ++r) std::memcpy(p + r * stride, state.tile[t][r], 64);
 }
-inline void dot(int c, int a, int b) {
+// C[m][n] += sum over the 4-byte steps k of product(A[m][k], B[k][n]).
+template <class Number, class Product>
+void multiply(int c, int a, int b, const Product& product) {
   ++state.products;
   num_rows(a);
   num_rows(b);
   for (int m = 0; m < num_rows(c); ++m) {
     for (int n = 0; n < 16; ++n) {
-      float sum;
+      Number sum;
       std::memcpy(&sum, state.tile[c][m] + 4 * n, 4);
-      for (int k = 0; k < 16; ++k) {
-        for (int pair = 0; pair < 2; ++pair) {
-          sum += from_bf16(state.tile[a][m] + 4 * k + 2 * pair) *
-                 from_bf16(state.tile[b][k] + 4 * n + 2 * pair);
-        }
-      }
+      for (int k = 0; k < 16; ++k) sum += product(state.tile[a][m] + 4 * k, state.tile[b][k] + 4 * n);
       std::memcpy(state.tile[c][m] + 4 * n, &sum, 4);
     }
   }
+}
+
+inline void dot(int c, int a, int b) {
+  multiply<float>(c, a, b, [](const uint8_t* x, const uint8_t* y) {
+    return from_bf16(x) * from_bf16(y) + from_bf16(x + 2) * from_bf16(y + 2);
+  });
+}
+
+template <class A, class B>
+void dot_bytes(int c, int a, int b) {
+  multiply<uint32_t>(c, a, b, [](const uint8_t* x, const uint8_t* y) {
+    int32_t sum = 0;
+    for (int i = 0; i < 4; ++i) sum += static_cast<A>(x[i]) * static_cast<B>(y[i]);
+    return static_cast<uint32_t>(sum);
+  });
 }
 
 }  // namespace tile_emulation
@@ -67,6 +79,8 @@ inline void dot(int c, int a, int b) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
+#undef _tile_dpbusd
+#undef _tile_dpbsud
 #undef _tile_loadconfig
 #undef _tile_storeconfig
 #undef _tile_release
@@ -74,6 +88,8 @@ inline void dot(int c, int a, int b) {
 #define _tile_loadd(t, base, stride) tile_emulation::load(t, base, stride)
 #define _tile_stored(t, base, stride) tile_emulation::store(t, base, stride)
 #define _tile_dpbf16ps(c, a, b) tile_emulation::dot(c, a, b)
+#define _tile_dpbusd(c, a, b) tile_emulation::dot_bytes<uint8_t, int8_t>(c, a, b)
+#define _tile_dpbsud(c, a, b) tile_emulation::dot_bytes<int8_t, uint8_t>(c, a, b)
 #define _tile_loadconfig(p) std::memcpy(tile_emulation::state.config, p, 64)
 #define _tile_storeconfig(p) std::memcpy(p, tile_emulation::state.config, 64)
 #define _tile_release() std::memset(tile_emulation::state.config, 0, 64)

@@ -47,42 +47,68 @@ struct TileProduct {
       a_row;  // floats to the next 16 rows, to the next 16 steps, to the next row
   const float* b;
   float* c;
-  int64_t lanes;  // floats per row of B and C
-  int64_t steps;  // blocks of 16
+  int64_t lanes;                 // floats per row of B and C
+  int64_t steps;                 // blocks of 16
+  const float* start = nullptr;  // [lane]: what every row of C begins with
 };
 
-// Two blocks of rows by two of lanes (or one where the second is missing): tiles 0-3 are C, 4-5 A,
-// 6-7 B.
-template <bool TwoRows, bool TwoLanes, bool Accumulate>
-PERMATTN_INLINE void tile_block(const TileProduct& p) {
-  const int64_t row_bytes = p.lanes * 4;
-  float* c_below = p.c + kTile * p.lanes;
-  if constexpr (Accumulate) {
-    _tile_loadd(0, p.c, row_bytes);
-    if constexpr (TwoLanes) _tile_loadd(1, p.c + kTile, row_bytes);
-    if constexpr (TwoRows) _tile_loadd(2, c_below, row_bytes);
-    if constexpr (TwoRows && TwoLanes) _tile_loadd(3, c_below + kTile, row_bytes);
-  } else {
+// What C begins with.
+enum class TileStart { kZeros, kSums, kLanes };
+
+// The products of one instruction, tiles 4-5 (A) by 6-7 (B): its operands must be literals.
+#define PERMATTN_TILE_PRODUCTS(Name, instruction)                 \
+  struct Name {                                                   \
+    PERMATTN_INLINE void upper_left() { instruction(0, 4, 6); }   \
+    PERMATTN_INLINE void upper_right() { instruction(1, 4, 7); }  \
+    PERMATTN_INLINE void lower_left() { instruction(2, 5, 6); }   \
+    PERMATTN_INLINE void lower_right() { instruction(3, 5, 7); }  \
+  }
+PERMATTN_TILE_PRODUCTS(Bf16Tiles, _tile_dpbf16ps);
+PERMATTN_TILE_PRODUCTS(UnsignedSignedTiles, _tile_dpbusd);
+PERMATTN_TILE_PRODUCTS(SignedUnsignedTiles, _tile_dpbsud);
+#undef PERMATTN_TILE_PRODUCTS
+
+template <TileStart Start, bool TwoRows, bool TwoLanes>
+PERMATTN_INLINE void begin_tiles(const TileProduct& p) {
+  if constexpr (Start == TileStart::kZeros) {
     _tile_zero(0);
     if constexpr (TwoLanes) _tile_zero(1);
     if constexpr (TwoRows) _tile_zero(2);
     if constexpr (TwoRows && TwoLanes) _tile_zero(3);
+    return;
   }
+  constexpr bool kRowsAlike = Start == TileStart::kLanes;
+  const float* upper = kRowsAlike ? p.start : p.c;
+  const float* lower = kRowsAlike ? p.start : p.c + kTile * p.lanes;
+  const int64_t row_bytes = kRowsAlike ? 0 : p.lanes * 4;
+  _tile_loadd(0, upper, row_bytes);
+  if constexpr (TwoLanes) _tile_loadd(1, upper + kTile, row_bytes);
+  if constexpr (TwoRows) _tile_loadd(2, lower, row_bytes);
+  if constexpr (TwoRows && TwoLanes) _tile_loadd(3, lower + kTile, row_bytes);
+}
+
+// Two blocks of rows by two of lanes (or one where the second is missing): tiles 0-3 are C, 4-5 A,
+// 6-7 B.
+template <class Tiles, TileStart Start, bool TwoRows, bool TwoLanes>
+PERMATTN_INLINE void tile_block(const TileProduct& p) {
+  const int64_t row_bytes = p.lanes * 4;
+  float* c_below = p.c + kTile * p.lanes;
+  begin_tiles<Start, TwoRows, TwoLanes>(p);
   for (int64_t k = 0; k < p.steps; ++k) {
     const float* a = p.a + k * p.a_step;
     const float* b = p.b + k * kTile * p.lanes;
     _tile_loadd(6, b, row_bytes);
     _tile_loadd(4, a, p.a_row * 4);
-    _tile_dpbf16ps(0, 4, 6);
+    Tiles::upper_left();
     if constexpr (TwoLanes) {
       _tile_loadd(7, b + kTile, row_bytes);
-      _tile_dpbf16ps(1, 4, 7);
+      Tiles::upper_right();
     }
     if constexpr (TwoRows) {
       _tile_loadd(5, a + p.a_block, p.a_row * 4);
-      _tile_dpbf16ps(2, 5, 6);
+      Tiles::lower_left();
     }
-    if constexpr (TwoRows && TwoLanes) _tile_dpbf16ps(3, 5, 7);
+    if constexpr (TwoRows && TwoLanes) Tiles::lower_right();
   }
   _tile_stored(0, p.c, row_bytes);
   if constexpr (TwoLanes) _tile_stored(1, p.c + kTile, row_bytes);
@@ -90,7 +116,7 @@ PERMATTN_INLINE void tile_block(const TileProduct& p) {
   if constexpr (TwoRows && TwoLanes) _tile_stored(3, c_below + kTile, row_bytes);
 }
 
-template <int Vectors, bool Accumulate>
+template <class Tiles, int Vectors, TileStart Start>
 PERMATTN_INLINE void tile_gemm(TileProduct p, int64_t row_blocks) {
   const TileProduct whole = p;
   for (int64_t x = 0; x < row_blocks; x += 2) {
@@ -100,12 +126,23 @@ PERMATTN_INLINE void tile_gemm(TileProduct p, int64_t row_blocks) {
       p.a = whole.a + x * whole.a_block;
       p.b = whole.b + y * kTile;
       p.c = whole.c + x * kTile * whole.lanes + y * kTile;
+      if constexpr (Start == TileStart::kLanes) p.start = whole.start + y * kTile;
       if (y + 1 < Vectors) {
-        two_rows ? tile_block<true, true, Accumulate>(p) : tile_block<false, true, Accumulate>(p);
+        two_rows ? tile_block<Tiles, Start, true, true>(p)
+                 : tile_block<Tiles, Start, false, true>(p);
       } else {
-        two_rows ? tile_block<true, false, Accumulate>(p) : tile_block<false, false, Accumulate>(p);
+        two_rows ? tile_block<Tiles, Start, true, false>(p)
+                 : tile_block<Tiles, Start, false, false>(p);
       }
     }
+  }
+}
+
+// Zeros in the rows of P past `rows` that belong to its last tile.
+template <int Vectors>
+PERMATTN_INLINE void fill_last_tile(float* p, int rows) {
+  for (int i = rows; i < round_up(rows, kTile); ++i) {
+    for (int y = 0; y < Vectors; ++y) store(p + (i * Vectors + y) * kWidth, VecF{});
   }
 }
 
@@ -142,7 +179,8 @@ struct AmxMath : Bf16Math<kTile> {
   PERMATTN_INLINE void scores(const float* k, int64_t k_stride, const float* q, float* s, int count,
                               int64_t steps) {
     constexpr int kLanes = Vectors * kWidth;
-    tile_gemm<Vectors, false>({k, kTile * k_stride, kTile, k_stride, q, s, kLanes, steps / kTile},
+    tile_gemm<Bf16Tiles, Vectors, TileStart::kZeros>(
+        {k, kTile * k_stride, kTile, k_stride, q, s, kLanes, steps / kTile},
                               (count + kTile - 1) / kTile);
     if (count % 2 != 0) {
       for (int y = 0; y < kLanes; y += kWidth) store(s + count * kLanes + y, splat(-kInfinity));
@@ -151,12 +189,15 @@ struct AmxMath : Bf16Math<kTile> {
 
   // As Bf16Math's, and zeros in the rows that fill the last tile.
   template <int Vectors>
+  PERMATTN_INLINE void narrow(float* p, int count) {
+    Base::template narrow<Vectors>(p, count);
+    fill_last_tile<Vectors>(p, (count + 1) / 2);
+  }
+
+  template <int Vectors>
   PERMATTN_INLINE void probabilities(float* s, int count, float c, const VecF* top, VecF* sum) {
     Base::template probabilities<Vectors>(s, count, c, top, sum);
-    const int pairs = (count + 1) / 2;
-    for (int i = pairs; i < round_up(pairs, kTile); ++i) {
-      for (int y = 0; y < Vectors; ++y) store(s + (i * Vectors + y) * kWidth, VecF{});
-    }
+    fill_last_tile<Vectors>(s, (count + 1) / 2);
   }
 
   template <int Vectors>
@@ -164,7 +205,7 @@ struct AmxMath : Bf16Math<kTile> {
                               int64_t dim_v) {
     const int64_t blocks = (dim_v + kTile - 1) / kTile;
     const int64_t steps = (count + 2 * kTile - 1) / (2 * kTile);
-    tile_gemm<Vectors, true>(
+    tile_gemm<Bf16Tiles, Vectors, TileStart::kSums>(
         {v, kTileFloats, blocks * kTileFloats, kTile, p, o, Vectors * kWidth, steps}, blocks);
   }
 };

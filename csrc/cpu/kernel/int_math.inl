@@ -78,7 +78,7 @@ struct VectorProducts {
 
   // V as [quad][column] dwords, `columns` a quad; P as [quad][lane].
   template <int Vectors>
-  PERMATTN_INLINE void values(const std::byte* v, int64_t columns, const float* p, int quads,
+  PERMATTN_INLINE void values(const std::byte* v, int64_t columns, float* p, int quads,
                               int64_t dim_v, float*, const ValueSums<Vectors>& sums) {
     constexpr int kRows = byte_block_rows(Vectors);
     for (int64_t first = 0; first < dim_v; first += kRows) {

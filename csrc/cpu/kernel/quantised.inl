@@ -190,18 +190,6 @@ struct RowBlock {
   }
 };
 
-// 2^x for a number that is rounded to an integer of at most 255 next: relative error 8e-5.
-PERMATTN_INLINE VecF exp2_coarse(VecF x) {
-#if PERMATTN_WIDTH == 16
-  const __m512 native = reinterpret_cast<__m512>(x);
-  const VecF f = reinterpret_cast<VecF>(_mm512_reduce_ps(native, 0x09));
-  const VecF p = ((0.078024521F * f + 0.22606716F) * f + 0.69583356F) * f + 0.9999252F;
-  return reinterpret_cast<VecF>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), native));
-#else
-  return exp2_accurate(x);
-#endif
-}
-
 // P and V as integers.
 template <class Products>
 struct IntegerValues {
@@ -227,7 +215,7 @@ struct IntegerValues {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
           const VecF x = (load(s + j * kLanes) - block.centre[y]) * block.factor[y] + log2_high;
-          packed |= to_integer(exp2_coarse(x)) << (8 * j);
+          packed |= to_integer(exp2_accurate(x)) << (8 * j);
         }
         store(buf.s + i * kLanes + y * kWidth, as_float(packed));
         count[y] = Bytes::add(count[y], Bytes::as_unsigned(packed),
