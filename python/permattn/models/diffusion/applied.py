@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from permattn.api import sparse_attention
 from permattn.core import QuantSpec
 from permattn.models.diffusion.call import TransformerCall
+from permattn.models.diffusion.dispatch import AttentionCall, Layer
 from permattn.models.diffusion.facts import ModelFacts
 from permattn.models.diffusion.masks import NotPadding, text_visible_of
 from permattn.models.diffusion.parallel import (
@@ -24,7 +25,6 @@ from permattn.models.diffusion.parallel import (
     why_not_ulysses,
 )
 from permattn.models.diffusion.patching import Patch
-from permattn.models.diffusion.processors import AttentionCall, Layer
 from permattn.models.diffusion.store import PlanKey, PlanStore, interleaved
 from permattn.models.diffusion.watch import Observation, observation_of
 from permattn.patterns.paro import ParoPlan
@@ -84,17 +84,24 @@ class Applied:
         if self._fault is not None:
             self._mismatch(self._fault)
         _warn_of_other_weights(plan, facts)
-        self._patch = Patch(model, self._attend, scheduler=scheduler, on_call=self._enter)
+        self._patch = Patch(
+            model,
+            self._attend,
+            scheduler=scheduler,
+            on_call=self._enter,
+            takes_prologue=self._takes_prologue,
+        )
         self._patch.on_stray = self._stray
 
     def remove(self) -> None:
         """See `Patch.remove`."""
         self._patch.remove()
 
-    def runs_sparse(self, layer: int) -> bool:
-        """Whether the call that runs now has a plan for a layer."""
+    def _takes_prologue(self, layer: int) -> bool:
+        """Whether the call that runs now is sparse, and nobody looks at its q and k."""
         call = self._patch.call
-        return call is not None and self._why_dense(call, layer) is None
+        sparse = call is not None and self._why_dense(call, layer) is None
+        return sparse and self.on_attention is None
 
     def key_of(self, call: TransformerCall, layer: int) -> PlanKey:
         """The plan of a layer in a call, for all heads."""
@@ -128,6 +135,7 @@ class Applied:
                 self._mismatch(reason)
         is_fault = reason not in (None, FIRST_STEPS, DENSE_LAYER)
         if self.on_attention is not None and attention.parallel is None and not is_fault:
+            attention = attention.after_prologue()
             self.on_attention(observation_of(self._patch.family, call, layer, attention))
         if reason is not None:
             self._count(reason)
@@ -212,6 +220,7 @@ class Applied:
             plan,
             scale=attention.scale,
             backend=self.options.backend,
+            prologue=attention.prologue,
         )
         return out.transpose(1, 2)
 

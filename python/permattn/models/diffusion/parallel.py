@@ -8,7 +8,7 @@ from typing import Any
 from diffusers.models.attention_dispatch import _templated_context_parallel_attention
 from torch import Tensor
 
-from permattn.models.diffusion.processors import AttentionCall
+from permattn.models.diffusion.dispatch import AttentionCall
 
 Local = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 

@@ -10,16 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from permattn.models.diffusion.call import CallTracker, TransformerCall
-from permattn.models.diffusion.families import family_of
-from permattn.models.diffusion.processors import (
+from permattn.models.diffusion.dispatch import (
     AttentionCall,
     Layer,
     backend_member,
-    dense_backend_of,
     mark,
     unmark,
-    wrapped,
 )
+from permattn.models.diffusion.families import family_of
+from permattn.models.diffusion.processors import dense_backend_of, wrapped
 
 PATCHED = "_permattn_patch"
 
@@ -43,6 +42,8 @@ class Patch:
         run: (transformer call, layer, attention call) -> output [B, S, H, D].
         scheduler: of the pipeline, where there is one.
         on_call: is told every transformer call before it runs.
+        takes_prologue: whether a layer's call is to get q and k before norm and rotation, where
+            its processor can leave them to us. Compiled blocks always ask for it.
 
     Raises:
         ValueError: a class or a processor that is not supported, or a model that is patched.
@@ -55,6 +56,7 @@ class Patch:
         *,
         scheduler: Any = None,
         on_call: Callable[[TransformerCall], None] | None = None,
+        takes_prologue: Callable[[int], bool] = lambda layer: False,
     ) -> None:
         self.family = family_of(model)
         self.model = model
@@ -75,7 +77,8 @@ class Patch:
         # diffusers keeps processors and puts them back later: ours, and what stood there, by id.
         self._made: dict[int, tuple[Any, Any]] = {}
         for number, module in enumerate(modules):
-            layer = Layer(number, self._attend, dense_backend_of(module.processor))
+            backend = dense_backend_of(module.processor)
+            layer = Layer(number, self._attend, backend, takes_prologue)
             mark(module, layer)
             self._places.append(self._wrap(module))
         self._tracker = CallTracker(model, self.family, scheduler, self._enter)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from permattn.core import TokenGrid
 from permattn.models.diffusion.call import TransformerCall
+from permattn.models.diffusion.dispatch import AttentionCall, Layer
 from permattn.models.diffusion.family import DiffusionFamily
 from permattn.models.diffusion.masks import text_visible_of
 from permattn.models.diffusion.patching import Patch
 from permattn.models.diffusion.pipes import transformer_of
-from permattn.models.diffusion.processors import AttentionCall, Layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +88,7 @@ def observation_of(
         raise ValueError("observe: context parallelism splits the tokens; observe without it")
     if call.size is None:
         raise ValueError(f"observe: {call.fault}")
+    attention = attention.after_prologue()
     q, k, v = (x.transpose(1, 2) for x in (attention.q, attention.k, attention.v))
     if not q.shape[2] == k.shape[2] == call.num_tokens:
         raise ValueError(
