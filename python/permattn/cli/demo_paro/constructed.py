@@ -28,6 +28,8 @@ TEXT_DIM, TIME_DIM = 64, 256
 # Noise levels of the fit, and the ridge relative to the size of what is fitted.
 LEVELS = (0.05, 0.15, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 _RIDGE = 1e-3
+# The same for the weights of heads, which are pulled towards all alike.
+_ALIKE = 0.2
 # Levels on which heads are weighted: at the low ones the patch itself tells most.
 _NOISY_LEVELS = slice(5, None)
 # Nats that two patches of one unit of brightness give each other for being alike.
@@ -147,7 +149,10 @@ def kind_of(sizes: Sizes, layer: int, head: int) -> HeadKind:
 
 
 def _write_attention(attention: Any, number: int, sizes: Sizes, generator: torch.Generator) -> None:
-    """Self-attention of one layer: place from biases, likeness from content, values as read."""
+    """Self-attention of one layer: place from biases, likeness from content.
+
+    Values are the noisy patch, and in later layers what the estimate lacks of it.
+    """
     source = NOISY if number == 0 else ESTIMATE
     kinds = [kind_of(sizes, number, head) for head in range(len(sizes.kinds))]
     bias = torch.cat([place_bias(kind) for kind in kinds])
@@ -158,7 +163,9 @@ def _write_attention(attention: Any, number: int, sizes: Sizes, generator: torch
         likeness = _likeness(generator)
         for projection in (attention.to_q, attention.to_k):
             _read(projection.weight[rows], source, likeness, sizes)
-        _read(attention.to_v.weight[rows], source, torch.eye(VALUES), sizes)
+        _read(attention.to_v.weight[rows], NOISY, torch.eye(VALUES), sizes)
+        if number > 0:
+            _read(attention.to_v.weight[rows], ESTIMATE, -torch.eye(VALUES), sizes)
     for projection, norm in (
         (attention.to_q, attention.norm_q),
         (attention.to_k, attention.norm_k),
@@ -191,8 +198,9 @@ def _write_pass_through(ffn: Any, sizes: Sizes) -> None:
 def _fit_layers(model: Any, clean: Tensor, sizes: Sizes, generator: torch.Generator) -> Tensor:
     """Writes how much every head counts, and returns how much every layer counts.
 
-    Layer after layer, heads are weighted such that their sum comes closest to what the estimate
-    lacks. Then the velocity is fitted, per noise level and channel, as a sum of the noisy patch and
+    The estimate is that of the noisy patch without its noise. Layer after layer, heads are weighted
+    such that their sum comes closest to what it lacks; not far from all alike, so that every head
+    counts. Then the velocity is fitted, per noise level and channel, as a sum of the noisy patch and
     of what each layer added.
 
     Returns: float64 [levels, layers + 1, CHANNELS].
@@ -201,7 +209,7 @@ def _fit_layers(model: Any, clean: Tensor, sizes: Sizes, generator: torch.Genera
     noise = torch.randn(len(LEVELS), *clean.shape[1:], generator=generator)
     noisy = (1 - level) * clean + level * noise
     hidden = _rows(model, noisy)
-    target = _rows(model, clean.expand_as(noisy))[..., NOISY]
+    target = _rows(model, (1 - level) * clean)[..., NOISY]
     velocity = _rows(model, noise - clean)[..., NOISY]
     rotary = model.rope(noisy)
     still = torch.zeros(len(LEVELS), 6, sizes.hidden)
@@ -215,7 +223,12 @@ def _fit_layers(model: Any, clean: Tensor, sizes: Sizes, generator: torch.Genera
         hook.remove()
         per_head = outputs[0].unflatten(-1, (-1, VALUES)).transpose(-1, -2)
         lacking = target - hidden[..., ESTIMATE]
-        weights = _solve(per_head[_NOISY_LEVELS].flatten(0, 2), lacking[_NOISY_LEVELS].reshape(-1, 1))
+        weights = _solve(
+            per_head[_NOISY_LEVELS].flatten(0, 2),
+            lacking[_NOISY_LEVELS].reshape(-1, 1),
+            ridge=_ALIKE,
+            prior=1 / len(sizes.kinds),
+        )
         found.append(per_head @ weights[:, 0].float())
         hidden[..., ESTIMATE] += found[-1]
         block.scale_shift_table[0, _ATTENTION_GATE, ESTIMATE] = 1.0
@@ -246,12 +259,13 @@ def _rows(model: Any, latents: Tensor) -> Tensor:
     return rows
 
 
-def _solve(features: Tensor, target: Tensor) -> Tensor:
-    """float64 [features, targets]: ridge regression."""
+def _solve(features: Tensor, target: Tensor, ridge: float = _RIDGE, prior: float = 0.0) -> Tensor:
+    """float64 [features, targets]: ridge regression that pulls all weights towards `prior`."""
     features, target = features.double(), target.double()
     gram = features.mT @ features
-    ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram + ridge, features.mT @ target)
+    pull = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    wanted = features.mT @ target + prior * pull.sum(1, keepdim=True)
+    return torch.linalg.solve(gram + pull, wanted)
 
 
 def _write_gates(model: Any, parts: Tensor, sizes: Sizes, generator: torch.Generator) -> None:

@@ -21,7 +21,7 @@ THETA = 10_000.0
 # The slowest pairs of height and width hardly turn within a video: they hold content.
 CONTENT_PAIRS = (0, 4, 4)
 # How far scores fall with the distance, at most: a head has that many nats to tell near from far.
-_DEPTH = 11.0
+_DEPTH = 12.0
 # Distances that kernels are fitted on: longer axes than this repeat what the last pair does.
 _REACH = 48
 _STEPS = 4000
@@ -33,23 +33,22 @@ class HeadKind:
 
     Args:
         name: for pictures and tables.
-        widths: one per axis; infinity = the axis does not matter.
+        widths: one per axis.
     """
 
     name: str
     widths: tuple[float, float, float]
 
 
-FAR = math.inf
 KINDS = (
     HeadKind("line through time", (5.0, 0.7, 0.7)),
     HeadKind("time x height plane", (5.0, 6.0, 0.6)),
     HeadKind("row", (0.6, 0.7, 6.0)),
-    HeadKind("space-time neighbourhood", (1.1, 1.1, 1.1)),
-    HeadKind("column", (0.6, 6.0, 0.7)),
-    HeadKind("time x width plane", (5.0, 0.6, 6.0)),
-    HeadKind("frame", (0.45, 6.0, 6.0)),
-    HeadKind("wide", (4.0, 5.0, 5.0)),
+    HeadKind("neighbourhood", (1.1, 1.1, 1.1)),
+    HeadKind("column", (1.2, 6.0, 0.7)),
+    HeadKind("time x width plane", (5.0, 0.6, 5.0)),
+    HeadKind("columns through time", (2.5, 8.0, 0.6)),
+    HeadKind("wide neighbourhood", (2.0, 2.5, 2.2)),
 )
 
 
@@ -67,12 +66,10 @@ def kernel_weights(axis: int, width: float) -> Tensor:
     """
     count = AXIS_PAIRS[axis] - CONTENT_PAIRS[axis]
     weights = torch.zeros(AXIS_PAIRS[axis], dtype=torch.float64)
-    if math.isinf(width):
-        return weights
     distance = torch.arange(_REACH, dtype=torch.float64)
     fall = (distance**2 / (2 * width**2)).clamp_max(_DEPTH)
     basis = 1 - torch.cos(distance[:, None] * frequencies(axis)[:count])
-    importance = torch.exp(-fall / 4)[:, None]
+    importance = torch.exp(-fall / 8)[:, None]
     weights[:count] = _non_negative_fit(basis * importance, fall * importance[:, 0])
     return weights
 
