@@ -233,13 +233,20 @@ def _(q, k, v, mask, key, scale):
     return q.new_empty(*q.shape[:3], v.shape[3])
 
 
-def attend_raw(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: PrologueForm) -> Tensor:
+def attend_raw(
+    attention: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    form: PrologueForm,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Attention of projections that still have to be normed and rotated, [B, S, H, D]."""
     if not torch.compiler.is_compiling():
         layer = layer_of(attention)
-        return _run(layer, _given(q, k, v, None, None), form.prologue())
+        return _run(layer, _given(q, k, v, mask, None), form.prologue())
     key: Any = attention._permattn_key
-    return raw_attention_op(q, k, v, key, *form)
+    return raw_attention_op(q, k, v, mask, key, *form)
 
 
 class PrologueForm(NamedTuple):
@@ -276,6 +283,7 @@ def raw_attention_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    mask: Tensor | None,
     key: Tensor,
     norm: str,
     q_weight: Tensor | None,
@@ -294,11 +302,11 @@ def raw_attention_op(
         *(norm, q_weight, q_bias, q_eps, k_weight, k_bias, k_eps, across_heads),  # type: ignore[arg-type]
         *(cos, sin, rope_start),
     )
-    return _run(_LAYERS[int(key)], _given(q, k, v, None, None), form.prologue()).contiguous()
+    return _run(_LAYERS[int(key)], _given(q, k, v, mask, None), form.prologue()).contiguous()
 
 
 @raw_attention_op.register_fake
-def _(q, k, v, key, *form):
+def _(q, k, v, mask, key, *form):
     return q.new_empty(*q.shape[:3], v.shape[3])
 
 

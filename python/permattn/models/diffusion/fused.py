@@ -1,8 +1,9 @@
 """Self-attention that leaves norm and rotation to the backend, which fuses them with permutation
 and quantisation: one pass over memory.
 
-For processors in which q and k of all tokens share one norm. Where text has a norm of its own
-(the double blocks of FLUX, HunyuanVideo and Qwen-Image) the wrapped processor does it.
+For processors in which q and k of all tokens share one norm, per head or across heads. Where text
+has a norm of its own (the double blocks of FLUX and HunyuanVideo, Qwen-Image) and in LTX-Video,
+whose rotation differs from head to head, the wrapped processor does both.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from permattn.models.diffusion.dispatch import PrologueForm, attend_raw, layer_of
@@ -99,8 +101,54 @@ def _cogvideox_fused(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
     return _cogvideox(*args, **kwargs, fused=True)
 
 
+def _flux(
+    attention: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | None:
+    """A single block of FLUX: text and image in one sequence, RMS norm in every head."""
+    norms = _norms(attention, nn.RMSNorm, attention.head_dim)
+    joint = attention.added_kv_proj_dim is not None or encoder_hidden_states is not None
+    if norms is None or joint or attention_mask is not None or image_rotary_emb is None:
+        return None
+    if attention.fused_projections:
+        projections = attention.to_qkv(hidden_states).chunk(3, dim=-1)
+    else:
+        projections = _projections(attention, hidden_states)
+    q, k, v = (x.unflatten(2, (-1, attention.head_dim)) for x in projections)
+    form = PrologueForm("rms", *norms, False, *_halves(*image_rotary_emb), 0)
+    return attend_raw(attention, q, k, v, form).flatten(2, 3).to(q.dtype)
+
+
+def _hunyuan_video(
+    attention: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """A single block of HunyuanVideo: RMS norm in every head, then rotation of the video."""
+    norms = _norms(attention, RMSNorm, attention.to_q.out_features // attention.heads)
+    # Blocks that project text apart have norms apart; refiners see no text beside them.
+    if encoder_hidden_states is None or attention.add_q_proj is not None:
+        return None
+    if norms is None or image_rotary_emb is None or attention.to_out is not None:
+        return None
+    num_vision = hidden_states.shape[1]
+    hidden = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+    projections = _projections(attention, hidden)
+    q, k, v = (x.unflatten(2, (attention.heads, -1)) for x in projections)
+    form = PrologueForm("rms", *norms, False, *_halves(*image_rotary_emb), 0)
+    out = attend_raw(attention, q, k, v, form, attention_mask).flatten(2, 3).to(q.dtype)
+    return out[:, :num_vision], out[:, num_vision:]
+
+
 _FUSED: dict[str, Fused] = {
     "WanAttnProcessor": _wan,
+    "FluxAttnProcessor": _flux,
+    "HunyuanVideoAttnProcessor2_0": _hunyuan_video,
     "CogVideoXProcessor": _cogvideox,
     "FusedCogVideoXProcessor": _cogvideox_fused,
 }
@@ -116,7 +164,9 @@ def _norms(attention: Any, kind: type, width: int) -> Norms | None:
     norm: Any
     for norm in (q, k):
         is_kind = type(norm) is kind
-        if not is_kind or tuple(norm.normalized_shape) != (width,) or norm.eps is None:
+        # torch's norms call their width normalized_shape, diffusers' own dim.
+        shape = getattr(norm, "normalized_shape", getattr(norm, "dim", ()))
+        if not is_kind or tuple(shape) != (width,) or norm.eps is None:
             return None
     q_bias, k_bias = getattr(q, "bias", None), getattr(k, "bias", None)
     return q.weight, q_bias, q.eps, k.weight, k_bias, k.eps
