@@ -117,26 +117,76 @@ def demo(
     frames: Annotated[
         int | None, typer.Option(min=4, help="Video frames to read. Default: from --tokens.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=64, help="At least that many visual tokens.")] = 16384,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=64, help="At least that many visual tokens. Default: 16384; --paro: 8000"),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     backend: Annotated[str, typer.Option(help="auto, cpu, triton or reference.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for demo.png, demo.json and the video.")] = Path(
-        "demo-out"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the picture, the numbers and files.")
+    ] = Path("demo-out"),
     rounds: Annotated[
-        int, typer.Option(min=1, help="Timed passes of each kind, in turns; medians are shown.")
+        int,
+        typer.Option(
+            min=1, help="Timed passes of each kind, in turns; --paro: of the dense model."
+        ),
     ] = 2,
+    paro: Annotated[
+        bool,
+        typer.Option("--paro", help="PAROAttention: a Wan transformer denoises a video instead."),
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="--paro: denoising steps. Default: 5.")
+    ] = None,
+    density: Annotated[
+        str | None,
+        typer.Option(help="--paro: shares of blocks to compute. Default: 0.5,0.3,0.2."),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="--paro: numerics to run. Default: bf16,int8,int8+int8,int4."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Prefill a long video prompt with and without sparse attention, and draw why it works.
 
     Runs a real vision-language model class on a real video file, dense (torch SDPA) and sparse in
     turns, and reports time, error, agreement and memory. Takes two to three minutes on two cores.
+
+    With --paro: calibrates PAROAttention on a real Wan transformer class with constructed weights,
+    denoises one video dense and sparse, quantised and not, and shows what is lost and gained.
     """
+    if paro:
+        from permattn.cli.demo_paro.run import Options as ParoOptions
+        from permattn.cli.demo_paro.run import show as show_paro
+
+        for name, value in (("--video", video), ("--model", model)):
+            if value is not None:
+                raise UserError(f"{name} {value}: --paro brings its own; leave it out")
+        show_paro(
+            ParoOptions(
+                steps=steps or 5,
+                tokens=tokens or 8000,
+                frames=frames,
+                density=density or "0.5,0.3,0.2",
+                precision=precision,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                out=out,
+                rounds=rounds,
+            ),
+            as_json=json,
+        )
+        return
+    for name, given in (("--steps", steps), ("--density", density), ("--precision", precision)):
+        if given is not None:
+            raise UserError(f"{name} {given}: only with --paro")
     from permattn.cli.demo.run import Options, show
 
-    options = Options(video, model, frames, tokens, device, dtype, backend, out, rounds)
+    options = Options(video, model, frames, tokens or 16384, device, dtype, backend, out, rounds)
     show(options, as_json=json)
 
 
@@ -155,6 +205,16 @@ def report(
         int | None, typer.Option(min=4, help="Video frames to read. Default: from --tokens.")
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Such as 0,4-7. Default: all.")] = None,
+    paro: Annotated[
+        Path | None,
+        typer.Option(help="A PARO plan; --model is then a diffusers pipeline, or 'constructed'."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="With --paro and a --model: what to generate.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="With --paro and --model: denoising steps.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.json and report.png.")] = Path(
         "report-out"
     ),
@@ -166,8 +226,22 @@ def report(
     """Show what a config does to one prompt: pattern, density, recall and error of every head.
 
     Recall is the share of the true attention mass that the plan keeps; the error is that of the
-    attention output, on exact inputs.
+    attention output, on exact inputs. With --paro: axis orders, density and recall of a PARO plan;
+    with --model its recall and error are measured on a run, and heads are drawn before and after
+    reordering.
     """
+    if paro is not None:
+        from permattn.cli.paro_subject import PipeOptions
+        from permattn.cli.report import paro as command
+
+        if video is not None or config is not None or layers is not None:
+            raise UserError("--paro: does not go with --video, --config or --layers")
+        pipe = PipeOptions(model, tuple(prompt or ()), steps=steps, frames=frames)
+        wanted = command.Options(paro, pipe, "transformer", out, device, dtype, backend)
+        command.show(wanted, as_json=json)
+        return
+    if prompt or steps is not None:
+        raise UserError("--prompt and --steps: belong to --paro")
     from permattn.cli.prompts import PromptOptions
     from permattn.cli.report.run import Options, show
 
@@ -263,6 +337,82 @@ def mminference(
         device=device,
         dtype=dtype,
         backend=backend,
+    )
+    show(options, as_json=json)
+
+
+@calibrate.command()
+def paro(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A diffusers pipeline: a local folder or a hub id. Default: a Wan transformer "
+            "with constructed weights, which denoises videos made from photographs."
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to generate; one or two are enough.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Videos where no --model is given.")] = 1,
+    density: Annotated[float, typer.Option(help="Share of the vision blocks to compute.")] = 0.3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    height: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Video frames.")] = None,
+    metric: Annotated[
+        str, typer.Option(help="How orders are compared: mass, or the paper's.")
+    ] = "mass",
+    scope: Annotated[
+        str, typer.Option(help="What shares a threshold: model, layer, head, or coverage.")
+    ] = "model",
+    coverage: Annotated[
+        float, typer.Option(help="With --scope coverage: the mass that every head keeps.")
+    ] = 0.95,
+    bins: Annotated[
+        str, typer.Option(help="Steps that share masks: half_shared, per_step, shared, a number.")
+    ] = "half_shared",
+    block: Annotated[str, typer.Option(help="Slots of a block: SIZE or QUERIESxKEYS.")] = "64",
+    sampled_steps: Annotated[
+        str | None, typer.Option(help="Steps to measure: a count, or numbers such as 0,4,9.")
+    ] = None,
+    empty_below: Annotated[
+        float, typer.Option(help="Heads with less mass on vision keys see text alone.")
+    ] = 0.0,
+    min_recall: Annotated[
+        float, typer.Option(help="Refuse a plan with a layer that keeps less of its mass.")
+    ] = 0.0,
+    component: Annotated[
+        str, typer.Option(help="Of a pipeline with two transformers: which one.")
+    ] = "transformer",
+    plan_out: Annotated[
+        Path | None, typer.Option(help="Where the plan goes. Default: plan.paro in --out.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.json and report.png.")] = Path(
+        "calibrate-out"
+    ),
+    resume: Annotated[
+        Path | None, typer.Option(help="A folder that keeps what is measured; go on from it.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    backend: Annotated[str, typer.Option(help="auto, cpu, triton or reference.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Find axis orders and block masks of a diffusion transformer, and write a PARO plan.
+
+    Runs the pipeline dense, twice per prompt, and a third time to measure the plan.
+    """
+    from permattn.calibrate.paro import SelectOptions
+    from permattn.cli.calibrate.paro import Options, show
+    from permattn.cli.errors import user_errors
+    from permattn.cli.paro_subject import PipeOptions
+
+    with user_errors():
+        selection = SelectOptions(density, scope, coverage, empty_below, min_recall)  # type: ignore[arg-type]
+    pipe = PipeOptions(model, tuple(prompt or ()), samples, steps, height, width, frames)
+    options = Options(
+        *(pipe, selection, metric, bins, block, sampled_steps, component),
+        *(plan_out, out, resume, device, dtype, backend),
     )
     show(options, as_json=json)
 

@@ -60,6 +60,7 @@ def check_plan(
     prompt: Prompt,
     plan: ParoPlan,
     *,
+    component: str = "transformer",
     num_steps: int = 3,
     maps: Sequence[tuple[int, int]] = (),
     on_progress: Callable[[float], object] = lambda done: None,
@@ -72,6 +73,7 @@ def check_plan(
         pipe: see `calibrate`.
         prompt: one prompt.
         plan: for this pipeline.
+        component: which transformer of a pipeline with several.
         num_steps: how many steps to look at, evenly spread.
         maps: (layer, head) pairs whose maps to keep.
         on_progress: called with the share in [0, 1].
@@ -83,10 +85,10 @@ def check_plan(
     """
     from permattn.models.diffusion import describe, observe
 
-    check_subject(plan, describe(pipe))
+    check_subject(plan, describe(pipe, component=component))
     call = check_prompts([prompt], call_kwargs)[0]
     checking = _Checking(plan, num_steps, frozenset(maps), on_progress, backend)
-    with observe(pipe, checking.see), torch.no_grad():
+    with observe(pipe, checking.see, component=component), torch.no_grad():
         call_pipe(pipe, call, seed=0)
     return checking.found()
 

@@ -65,17 +65,18 @@ def write_title(figure: Figure, height: float, title: str, note: str) -> None:
 
 def draw_panels(axes: Sequence[Any], result: SearchResult) -> None:
     """Four panels: pattern, density, recall, output error."""
+    numbers = list(result.layers)
     _draw_patterns(axes[0], result)
-    _draw_values(
-        axes[1], result, [[c.density for c in row] for row in result.layers.values()],
+    draw_values(
+        axes[1], numbers, [[c.density for c in row] for row in result.layers.values()],
         "computed share of all pairs", colors.Normalize(0.0, None), "Purples",
     )  # fmt: skip
-    _draw_values(
-        axes[2], result, [[c.recall for c in row] for row in result.layers.values()],
+    draw_values(
+        axes[2], numbers, [[c.recall for c in row] for row in result.layers.values()],
         "share of true attention mass that is kept", colors.Normalize(0.0, 1.0), "YlGn",
     )  # fmt: skip
-    _draw_values(
-        axes[3], result, [[c.error for c in row] for row in result.layers.values()],
+    draw_values(
+        axes[3], numbers, [[c.error for c in row] for row in result.layers.values()],
         "relative error of the attention output", colors.PowerNorm(0.5, 0.0, 1.0), "YlOrRd",
     )  # fmt: skip
 
@@ -88,7 +89,7 @@ def _draw_patterns(axis: Any, result: SearchResult) -> None:
             image[i, h] = colors.to_rgb(PATTERN_COLOURS[choice.pattern.pattern])
             axis.text(h, i, _cell_text(choice.pattern, len(row)), **_CENTRED, fontsize=7, color=INK)
     axis.imshow(image, aspect="auto", interpolation="nearest")
-    _frame(axis, result, "pattern")
+    frame_heads(axis, list(result.layers), max(map(len, rows)), "pattern")
     used = {c.pattern.pattern for row in rows for c in row}
     handles = [Patch(color=c, label=name) for name, c in PATTERN_COLOURS.items() if name in used]
     axis.legend(
@@ -115,19 +116,25 @@ def _cell_text(pattern: HeadPattern, heads: int) -> str:
     return "\n".join((sizes.replace(" ", "\n"), boundary)).strip()
 
 
-def _draw_values(
+def draw_values(
     axis: Any,
-    result: SearchResult,
+    numbers: Sequence[int],
     values: Sequence[Sequence[float]],
     title: str,
     norm: colors.Normalize,
     cmap: str,
 ) -> None:
+    """A panel of shares, layers down and heads across.
+
+    Args:
+        numbers: the layers.
+        values: per layer, one per head.
+    """
     table = np.full((len(values), max(map(len, values))), np.nan)
     for i, row in enumerate(values):
         table[i, : len(row)] = row
     image = axis.imshow(table, aspect="auto", interpolation="nearest", norm=norm, cmap=cmap)
-    _frame(axis, result, title)
+    frame_heads(axis, numbers, table.shape[1], title)
     if table.shape[1] <= _MAX_WRITTEN and table.shape[0] <= 2 * _MAX_WRITTEN:
         for (i, h), value in np.ndenumerate(table):
             if np.isfinite(value):
@@ -147,10 +154,9 @@ def _draw_values(
     bar.outline.set_visible(False)
 
 
-def _frame(axis: Any, result: SearchResult, title: str) -> None:
+def frame_heads(axis: Any, numbers: Sequence[int], heads: int, title: str) -> None:
+    """Title, ticks and white lines of a panel with layers down and heads across."""
     axis.set_title(title, fontsize=11.5, fontweight="bold", color=INK, loc="left", pad=6)
-    numbers = list(result.layers)
-    heads = max(map(len, result.layers.values()))
     step = max(1, len(numbers) // 16)
     axis.set_yticks(range(0, len(numbers), step), [str(n) for n in numbers[::step]])
     axis.set_xticks(range(0, heads, max(1, heads // 16)))
