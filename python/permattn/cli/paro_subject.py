@@ -1,4 +1,4 @@
-"""The diffusion pipeline that PARO commands run on: a checkpoint, or one with constructed weights."""
+"""The diffusion pipeline that PARO commands run on: a checkpoint, or a constructed one."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def load_pipe(options: PipeOptions, *, device: torch.device, dtype: torch.dtype)
     except ImportError as e:
         raise UserError(f"diffusers is missing ({e}): pip install 'permattn[diffusers]'") from e
     try:
-        pipe = DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype).to(device)
+        pipe = DiffusionPipeline.from_pretrained(options.model, dtype=dtype).to(device)
     except (OSError, ValueError, AttributeError, ImportError) as e:
         raise UserError(f"--model {options.model}: does not load ({one_line(e)})") from e
     call: dict[str, Any] = {

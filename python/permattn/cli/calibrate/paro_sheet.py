@@ -55,11 +55,8 @@ def draw_plan(
         hspace=0.8 / panel,
         wspace=0.13 if columns == 2 else 0.22,
     )
-    _draw_panels(
-        [figure.add_subplot(grid[i // columns, i % columns]) for i in range(rows * columns)],
-        plan,
-        check,
-    )
+    places = itertools.product(range(rows), range(columns))
+    _draw_panels([figure.add_subplot(grid[i, j]) for i, j in places], plan, check)
     if maps:
         below = figure.add_gridspec(
             len(maps),

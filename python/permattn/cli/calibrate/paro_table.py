@@ -27,7 +27,7 @@ def print_plan(console: Console, plan: ParoPlan, check: PlanCheck | None, *, tit
     table = Table()
     table.add_column("layer", justify="right")
     table.add_column("axis orders", overflow="fold")
-    for name in ("density", "of free blocks", "recall"):
+    for name in ("density", "free", "recall"):
         table.add_column(name, justify="right")
     if check is not None:
         table.add_column("output error", justify="right")
@@ -110,6 +110,12 @@ def plan_title(plan: ParoPlan) -> str:
     )
 
 
+def size_of(plan_bytes: int) -> str:
+    """The size of a plan, in words."""
+    unit, name = (1e6, "MB") if plan_bytes >= 1e6 else (1e3, "kB")
+    return f"{plan_bytes / unit:.1f} {name} of orders and masks"
+
+
 def _totals(facts: dict[str, Any]) -> str:
     orders = ", ".join(f"{n} {name}" for name, n in facts["orders"].items())
     parts = [f"Orders: {orders}", f"density {facts['density']:.1%}"]
@@ -118,7 +124,7 @@ def _totals(facts: dict[str, Any]) -> str:
     if facts["error"] is not None:
         parts.append(f"output error {facts['error']:.2%}")
     bins = "1 bin" if facts["bins"] == 1 else f"{facts['bins']} bins"
-    parts.append(f"{bins} of noise, {facts['bytes'] / 1e6:.2f} MB of orders and masks")
+    parts.append(f"{bins} of noise, {size_of(facts['bytes'])}")
     return "; ".join(parts)
 
 

@@ -12,7 +12,7 @@ from permattn.calibrate.paro import PlanCheck, check_plan
 from permattn.calibrate.paro.check import check_subject
 from permattn.cli.calibrate.paro import Bars
 from permattn.cli.calibrate.paro_sheet import draw_plan, heads_to_draw
-from permattn.cli.calibrate.paro_table import plan_facts, plan_title, print_plan
+from permattn.cli.calibrate.paro_table import plan_facts, plan_title, print_plan, size_of
 from permattn.cli.demo.files import prepare_folder, write_whole
 from permattn.cli.errors import UserError, user_errors
 from permattn.cli.options import check_backend, parse_device, parse_dtype
@@ -69,7 +69,7 @@ def _run(options: Options, remarks: Console) -> tuple[ParoPlan, PlanCheck | None
         plan = load_paro(options.plan)
     except FileNotFoundError as e:
         raise UserError(f"--paro {options.plan}: no such file; give the path of a plan") from e
-    check, note = None, f"{options.plan.name}, {plan.num_bytes / 1e6:.2f} MB of orders and masks"
+    check, note = None, f"{options.plan.name}, {size_of(plan.num_bytes)}"
     if options.pipe.model is None:
         prepare_folder(options.out)
     else:
