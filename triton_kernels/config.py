@@ -199,6 +199,9 @@ def select_quantised_config(
     family = family_of(capability)
     if family == 120 and pv == "none" and width > 64:
         block_n = 32
+    if family == 120 and pv != "none" and width == 64:
+        return Config(min(rows, 32), block_n, 4, 2)
     # Where warps multiply on their own, a tile of 64 rows lives in the registers of eight.
     warps = 4 if width == 64 and block_n <= 64 and family in (90, 100) else 8
-    return Config(min(rows, 64), block_n, warps, 2)
+    stages = 1 if block_n == 128 and family in (90, 120) else 2
+    return Config(min(rows, 64), block_n, warps, stages)

@@ -193,7 +193,18 @@ def _quantised(b_x, HIGH: tl.constexpr, FORMAT: tl.constexpr, PER_COLUMN: tl.con
     return b_value, b_scale
 
 
-@triton.jit(do_not_specialize=["num_heads", "group", "num_tokens", "num_slots", "num_tiles"])
+@triton.jit(
+    do_not_specialize=[
+        "num_heads",
+        "group",
+        "against_group",
+        "num_tokens",
+        "num_slots",
+        "num_tiles",
+        "rope_start",
+        "num_rotated",
+    ]
+)
 def prepare_kernel(
     p_x,
     p_rows,

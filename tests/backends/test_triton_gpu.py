@@ -9,11 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 from permattn import sparse_attention, sparse_attention_with_lse
+from permattn.backends import reference, triton
+from permattn.block_mass import block_mass
+from permattn.core import AttnPlan, QuantSpec
+from permattn.core.prepare import PrepareArgs
+from permattn.core.problem import FwdArgs
 from permattn.patterns.dense import plan_dense
-from permattn.testing import assert_within, poison_unseen, random_plan, split_plan, visible_pairs
+from permattn.testing import (
+    assert_within,
+    poison_unseen,
+    random_permutation,
+    random_plan,
+    split_plan,
+    visible_pairs,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "triton"))
 cases = importlib.import_module("kernel_cases")
+quantised = importlib.import_module("quantised_cases")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,6 +120,49 @@ def test_forward_is_captured_in_a_graph(plan):
     want, want_lse = sparse_attention_with_lse(q, k, v, plan, backend="triton")
     assert torch.equal(out, want)
     assert torch.equal(lse, want_lse)
+
+
+@pytest.mark.filterwarnings("ignore:triton")
+@pytest.mark.parametrize("case", quantised.CASES, ids=str)
+def test_quantised_forward_is_what_the_reference_means(case):
+    quantised.check_case(case, "cuda")
+
+
+@pytest.mark.filterwarnings("ignore:triton")
+@pytest.mark.parametrize("pv", ["none", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("qk", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [32, 64, 128])
+def test_long_quantised_inputs_agree_with_the_reference(qk, pv, rows):
+    plan = random_plan(1500, 1500, heads=4, block_q=128, block_kv=128, density=0.3, permuted=True)
+    spec = QuantSpec(qk, pv, rows, rows, smooth_k=True)
+    q, k, v = (randn(1, h, 1500, 128, dtype=torch.bfloat16, seed=h).cpu() for h in (4, 2, 2))
+    args = FwdArgs(q, k, v, AttnPlan(plan.parts, spec), 128**-0.5)
+    quantised.check(quantised.run(args, "cuda"), args, f"{qk} {pv} {rows}")
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("per_column", [False, True], ids=["group", "column"])
+def test_numbers_equal_the_oracle(fmt, per_column):
+    x = torch.randn(2, 3, 500, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    order = random_permutation(500, heads=3, holes=9).token_of_slot
+    facts = (None, None, None, fmt, 64, per_column)
+    want, want_scale = reference.prepare(PrepareArgs(x, order, *facts))
+    ours, scale = triton.prepare(PrepareArgs(x.cuda(), order.cuda(), *facts))
+    assert torch.equal(ours.float().cpu(), want.float()) and torch.equal(scale.cpu(), want_scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).removeprefix("torch."))
+def test_block_masses_are_the_references(dtype):
+    q, k = (randn(1, 4, 700, 64, dtype=dtype, seed=i) for i in (1, 2))
+    order = random_permutation(700, heads=4).token_of_slot.cuda()
+    lse = (q.float() @ k.float().mT * 0.125).logsumexp(-1)
+    facts = {"q_blocks": torch.tensor([0, 5], dtype=torch.int32, device="cuda"), "lse": lse}
+    facts |= {"token_of_q_slot": order, "token_of_kv_slot": order, "block": (64, 64)}
+    ours = block_mass(q, k, **facts, eps=1e-3, backend="triton")
+    want = block_mass(q.double(), k.double(), **facts, eps=1e-3, backend="reference")
+    torch.testing.assert_close(ours.sums, want.sums, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.maxima, want.maxima, rtol=1e-4, atol=1e-6)
+    assert float((ours.small - want.small).abs().max()) <= 4
 
 
 def test_auto_takes_triton_on_a_gpu():

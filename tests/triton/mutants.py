@@ -28,15 +28,32 @@ NAME = "permattn.triton_kernels"
 FIRST = ("gqa-different-orders", "gqa-different-lists", "two-parts-one-launch", "three-parts")
 
 
+PLAIN = ("probe", "promises", "kernels")
+SUITES = {
+    "prepare.py": ("prepare", "quantised"),
+    "rounding.py": ("prepare", "quantised"),
+    "quantised.py": ("quantised",),
+    "block_mass.py": ("block_mass",),
+}
+SMALL = ("quantised",)
+
+
 @dataclass(frozen=True)
 class Mutant:
-    """`old` becomes `new` in a kernel file (first occurrence); `fast`: part of CI."""
+    """`old` becomes `new` in a kernel file (first occurrence); `fast`: part of CI.
+
+    suites: of interp_cases, in the order in which they are tried; () = those of `SUITES`.
+    """
 
     name: str
     file: str
     old: str
     new: str
     fast: bool = False
+    suites: tuple[str, ...] = ()
+
+    def tried(self) -> tuple[str, ...]:
+        return self.suites or SUITES.get(self.file, PLAIN)
 
     def __str__(self) -> str:
         return self.name
@@ -186,11 +203,194 @@ MUTANTS = (
     Mutant(
         "probe-key-tail-unmasked", "probe.py", "m_key = o_n < num_coordinates", "m_key = o_n >= 0"
     ),
+    Mutant(
+        "round-away-from-even", "rounding.py", "0x7FFFF + ((b_bits >> 20) & 1)", "0x80000", True
+    ),
+    Mutant("round-small-as-normal", "rounding.py", "tl.abs(b_x) < E4M3", "tl.abs(b_x) < 0 * E4M3"),
+    Mutant("round-drops-the-sign", "rounding.py", "((b_bits >> 8) & 0x80)", "0"),
+    Mutant("round-to-steps-of-2", "rounding.py", "(12582912.0)", "(25165824.0)"),
+    Mutant(
+        "decode-wrong-exponent", "rounding.py", "bitcast=True) * 256.0", "bitcast=True) * 128.0"
+    ),
+    Mutant(
+        "prepare-no-mean",
+        "prepare.py",
+        "b_x = b_x - tl.load(p_mean +",
+        "b_x = b_x - 0 * tl.load(p_mean +",
+    ),
+    Mutant(
+        "prepare-mean-of-head-0",
+        "prepare.py",
+        "(i_b * num_x_heads + i_hx) * D",
+        "(i_b * num_x_heads) * D",
+        True,
+    ),
+    Mutant(
+        "prepare-head-of-x",
+        "prepare.py",
+        "i_h // group, num_heads",
+        "i_h % (num_heads // group), num_heads",
+    ),
+    Mutant(
+        "prepare-one-order",
+        "prepare.py",
+        "p_token += head_row(i_b, i_h, token_rows)",
+        "p_token += head_row(i_b, 0 * i_h, token_rows)",
+    ),
+    Mutant("prepare-holes-kept", "prepare.py", "    b_x = tl.where(m, b_x, 0.0)\n", ""),
+    Mutant("prepare-nan-hidden", "prepare.py", "tl.where(m_bad > 0,", "tl.where(m_bad > 1,"),
+    Mutant(
+        "prepare-zero-group", "prepare.py", "m_zero = b_high < LEAST", "m_zero = b_high < 0 * LEAST"
+    ),
+    Mutant(
+        "prepare-ieee-reciprocal",
+        "prepare.py",
+        "tl.math.div_rn(1.0, b_safe) * HIGH",
+        "tl.math.div_rn(HIGH, b_safe)",
+    ),
+    Mutant(
+        "prepare-truncates",
+        "prepare.py",
+        "b_value = round_to_integer(b_value)",
+        "b_value = b_value",
+    ),
+    Mutant(
+        "prepare-scale-of-group-0",
+        "prepare.py",
+        "p_scale + o_groups * D",
+        "p_scale + (o_groups - o_group) * D",
+    ),
+    Mutant(
+        "prepare-tile-of-rows",
+        "prepare.py",
+        "(o_groups * D + o_d) * ROWS + o_row",
+        "(o_groups * ROWS + o_row) * D + o_d",
+    ),
+    Mutant(
+        "prepare-no-offset",
+        "prepare.py",
+        "P_OFFSET = tl.constexpr(128)",
+        "P_OFFSET = tl.constexpr(127)",
+        True,
+    ),
+    Mutant("prepare-dots-dropped", "prepare.py", "b_x * b_against, 2", "b_x * 0, 2"),
+    Mutant(
+        "prepare-rope-start",
+        "prepare.py",
+        "o_angle = (b_token - rope_start)",
+        "o_angle = (b_token)",
+    ),
+    Mutant("prepare-rope-past-end", "prepare.py", "m_rotated & (o_d < 2 * PAIRS)", "m_rotated"),
+    Mutant(
+        "prepare-rope-sign",
+        "prepare.py",
+        "tl.where(m_first, -b_z, b_z)",
+        "tl.where(m_first, b_z, -b_z)",
+    ),
+    Mutant(
+        "prepare-partner-unweighted",
+        "prepare.py",
+        "p_bias, o_partner, m_partner",
+        "p_bias, o_d, m_partner",
+    ),
+    Mutant("prepare-layer-uncentred", "prepare.py", "tl.where(m_d, b_x - b_mean, 0.0)", "b_x"),
+    Mutant("prepare-across-one-head", "prepare.py", "        p_x += x_strides[1]\n", ""),
+    Mutant(
+        "prepare-weight-of-head-0", "prepare.py", "p_weight += i_hx * D", "p_weight += 0 * i_hx"
+    ),
+    Mutant(
+        "small-scale-of-next-group", "quantised.py", "o_slot // KV_ROWS", "(o_slot + 1) // KV_ROWS"
+    ),
+    Mutant(
+        "small-q-unscaled",
+        "quantised.py",
+        "b_q_factor[:, None] *",
+        "(0 * b_q_factor[:, None] + 0.01) *",
+    ),
+    Mutant("small-group-unclamped", "quantised.py", "m_block & (i_group < num_groups)", "m_block"),
+    Mutant("small-group-0", "quantised.py", "+ i_lane % BLOCK // ROWS", "", True),
+    Mutant(
+        "small-p-of-255-as-127",
+        "quantised.py",
+        "P_HIGH: tl.constexpr = 255.0",
+        "P_HIGH: tl.constexpr = 127.0",
+    ),
+    Mutant(
+        "small-p-of-15-as-7",
+        "quantised.py",
+        "P_HIGH: tl.constexpr = 15.0",
+        "P_HIGH: tl.constexpr = 7.0",
+    ),
+    Mutant(
+        "small-p-of-448-as-256",
+        "quantised.py",
+        "P_HIGH: tl.constexpr = 448.0",
+        "P_HIGH: tl.constexpr = 256.0",
+    ),
+    Mutant("small-offset-unread", "quantised.py", "b_offset[None, :]", "0 * b_offset[None, :]"),
+    Mutant(
+        "small-sum-unrounded",
+        "quantised.py",
+        "tl.sum(b_p - SIGNED_STEPS, 1)",
+        "tl.sum(tl.math.exp2(b_score - b_top[:, None]), 1) * P_HIGH",
+    ),
+    Mutant(
+        "small-weight-of-1",
+        "quantised.py",
+        "tl.math.exp2(b_top - b_safe) *",
+        "tl.math.exp2(b_top - b_top) *",
+        True,
+    ),
+    Mutant(
+        "small-v-unscaled",
+        "quantised.py",
+        "* b_v_scale[None, :]",
+        "* (0 * b_v_scale[None, :] + 0.01)",
+    ),
+    Mutant("small-dv-unmasked", "quantised.py", "m_tile & (o_d < DV)", "m_tile & (o_d >= 0)"),
+    Mutant(
+        "small-kv-head",
+        "fwd.py",
+        "(num_q_heads // group) + i_h // group",
+        "(num_q_heads // group) + i_h % group",
+        suites=SMALL,
+    ),
+    Mutant(
+        "small-q-group", "fwd.py", "o_q_slot // Q_ROWS", "o_q_slot // (2 * Q_ROWS)", suites=SMALL
+    ),
+    Mutant("small-q-by-token", "fwd.py", "b_q_row = o_q_slot", "b_q_row = b_q_token", suites=SMALL),
+    Mutant(
+        "small-k-by-token",
+        "fwd.py",
+        "load_rows(p_k, o_slot, m_kv",
+        "load_rows(p_k, b_kv_token, m_kv",
+        suites=SMALL,
+    ),
+    Mutant(
+        "small-values-not-rescaled",
+        "fwd.py",
+        "b_shrink[:, None] + b_value",
+        "1.0 + b_value",
+        suites=SMALL,
+    ),
+    Mutant("mass-lse-in-base-e", "block_mass.py", "b_lse * LOG2E", "b_lse"),
+    Mutant("mass-dead-rows", "block_mass.py", 'm_q & (b_lse != float("-inf"))', "m_q"),
+    Mutant("mass-other-blocks-rows", "block_mass.py", "(o_inside < BLOCK) & ", ""),
+    Mutant("mass-pairs-with-holes", "block_mass.py", "m_pair & (b_p < eps)", "b_p < eps"),
+    Mutant(
+        "mass-splits-overlap",
+        "block_mass.py",
+        "num_q_blocks % num_splits",
+        "num_q_blocks % 1",
+        True,
+    ),
+    Mutant("mass-range-unchecked", "block_mass.py", "tl.where(m_block, i_block, -1)", "i_block"),
+    Mutant("mass-kv-head", "block_mass.py", "i_h // group, k_strides", "i_h % 2, k_strides"),
 )
 
 
-def run_cases(kernels: Path) -> None:
-    """In a process of its own: the cases over the kernels of a folder; pytest's exit status."""
+def run_cases(kernels: Path, names: tuple[str, ...]) -> None:
+    """In a process of its own: suites over the kernels of a folder; pytest's exit status."""
     spec = importlib.util.spec_from_file_location(
         NAME, kernels / "__init__.py", submodule_search_locations=[str(kernels)]
     )
@@ -198,13 +398,17 @@ def run_cases(kernels: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[NAME] = module
     spec.loader.exec_module(module)
-    suites = ("kernels", "promises", "probe")
-    cases, promises, probe = (str(HERE / "interp_cases" / f"test_{x}.py") for x in suites)
-    first = [f"{cases}::test_forward_and_gradients_are_within_the_bound[{x}]" for x in FIRST]
-    options = ["-x", "-q", "--tb=no", "--no-header", "-p", "no:cacheprovider", "-p", "no:warnings"]
+    suites = [str(HERE / "interp_cases" / f"test_{x}.py") for x in names]
+    first = []
+    if "kernels" in names:
+        test = (
+            f"{HERE}/interp_cases/test_kernels.py::test_forward_and_gradients_are_within_the_bound"
+        )
+        first = [f"{test}[{x}]" for x in FIRST]
+    options = ["-x", "-q", "--tb=no", "--no-header", "-p", "no:cacheprovider", "--disable-warnings"]
     with open(kernels / "log.txt", "w") as log:
         os.dup2(log.fileno(), 1)
-        status = pytest.main([*options, *first]) or pytest.main([*options, probe, promises, cases])
+        status = (first and pytest.main([*options, *first])) or pytest.main([*options, *suites])
         sys.stdout.flush()
     os._exit(int(status))
 
@@ -224,7 +428,10 @@ def is_caught(mutant: Mutant | None) -> tuple[bool, str]:
                 raise ValueError(f"mutant {mutant}: its text is no longer in {mutant.file}")
             path.write_text(source.replace(mutant.old, mutant.new, 1), encoding="utf-8")
         # A fork has torch and triton loaded already, but no kernel yet.
-        process = multiprocessing.get_context("fork").Process(target=run_cases, args=(kernels,))
+        names = (*PLAIN, *dict.fromkeys(x for y in SUITES.values() for x in y))
+        names = names if mutant is None else mutant.tried()
+        fork = multiprocessing.get_context("fork")
+        process = fork.Process(target=run_cases, args=(kernels, names))
         process.start()
         process.join()
         log = (kernels / "log.txt").read_text(encoding="utf-8")
@@ -243,6 +450,7 @@ def main() -> int:
     import interpreter  # noqa: F401
     import kernel_cases  # noqa: F401
     import probe_cases  # noqa: F401
+    import quantised_cases  # noqa: F401
 
     chosen: list[Mutant | None] = [m for m in MUTANTS if m.fast or not args.fast]
     if not args.fast:

@@ -48,9 +48,9 @@ def test_lengths_do_not_compile_anew():
     )
     counts = json.loads(done.stdout.splitlines()[-1])
     probe = {f"probe_{name}_kernel" for name in ("total", "lse", "mass", "edge")}
-    assert counts == dict.fromkeys(
-        {"fwd_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"} | probe, 1
-    )
+    others = {"delta_kernel", "dq_kernel", "dkdv_kernel", "block_mass_kernel"} | probe
+    # fwd: plain and of small numbers; prepare: rows of q, k and v.
+    assert counts == {**dict.fromkeys(others, 1), "fwd_kernel": 2, "prepare_kernel": 3}
 
 
 def test_every_row_of_the_table_holds_what_is_promised():
@@ -77,3 +77,14 @@ def test_checks_see_a_planted_fault(change):
     assert not table.faults_of(row)
     assert table.faults_of({**row, **change})
     assert table.differences([{**row, **change}], rows)
+
+
+def test_products_of_small_numbers_are_looked_for():
+    _, rows = table.read_table()
+    for name in ("int8-none-r64-none", "int8-int8-r64-pairs", "int8-fp8-r64-none"):
+        key = f"quant-orders-{name}-bfloat16-d128/fwd_kernel/"
+        row = next(r for k, r in rows.items() if k.startswith(key) and r["arch"] == 90)
+        assert not table.faults_of(row)
+        for opcode in row["matrix"]:
+            fewer = {k: n for k, n in row["matrix"].items() if k != opcode}
+            assert table.faults_of({**row, "matrix": fewer})

@@ -27,7 +27,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
-from launch_cases import CASES, EVERY, Case, ProbeCase
+from launch_cases import CASES, EVERY, AnyCase, Case, MassCase, ProbeCase, QuantCase
+from permattn.core.quant import QuantSpec
 from permattn.triton_kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -51,7 +52,7 @@ class StandInDriver:
         return 0
 
 
-def launched(case: Case | ProbeCase, arch: int) -> list[tuple[str, list[int], Any]]:
+def launched(case: AnyCase, arch: int) -> list[tuple[str, list[int], Any]]:
     """(name, tile, compiled kernel) of every launch of a case that compiles to something new."""
     triton.runtime.driver.set_active(StandInDriver(arch))
     launch.capability_of = lambda device: arch
@@ -73,7 +74,7 @@ def launched(case: Case | ProbeCase, arch: int) -> list[tuple[str, list[int], An
     return compiled
 
 
-def compile_case(case: Case | ProbeCase, arch: int) -> list[dict[str, Any]]:
+def compile_case(case: AnyCase, arch: int) -> list[dict[str, Any]]:
     """One row per kernel of the case: tile, registers, stack, shared memory, matrix opcodes."""
     return [
         {
@@ -91,9 +92,16 @@ def compile_case(case: Case | ProbeCase, arch: int) -> list[dict[str, Any]]:
 def kernels_of_lengths(lengths: list[int]) -> dict[str, int]:
     """How many different kernels one case compiles to over all lengths, by name."""
     kernels = collections.defaultdict(set)
-    for length, way in itertools.product(lengths, ("fwd", "bwd", "probe")):
-        case: Case | ProbeCase = ProbeCase("order", 64, torch.bfloat16, 64, (90,), length)
-        if way != "probe":
+    for length, way in itertools.product(lengths, ("fwd", "bwd", "probe", "quant", "mass")):
+        case: AnyCase
+        if way == "probe":
+            case = ProbeCase("order", 64, torch.bfloat16, 64, (90,), length)
+        elif way == "quant":
+            spec = QuantSpec("int8", "int8", smooth_k=True)
+            case = QuantCase("dense", spec, "pairs", torch.bfloat16, 64, (90,), length)
+        elif way == "mass":
+            case = MassCase(64, torch.bfloat16, 64, (90,), length)
+        else:
             case = Case(way, "dense", torch.bfloat16, 64, 64, (90,), length)
         for name, _, kernel in launched(case, 90):
             kernels[name].add(id(kernel))

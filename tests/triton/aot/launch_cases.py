@@ -152,6 +152,35 @@ class QuantCase:
         )
 
 
+@dataclass(frozen=True)
+class MassCase:
+    """One measurement of block masses: sums, maxima and small entries."""
+
+    block: int
+    dtype: torch.dtype
+    head_dim: int
+    archs: tuple[int, ...]
+    tokens: int = TOKENS
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"mass-b{self.block}-{dtype}-d{self.head_dim}"
+
+    def launch(self) -> None:
+        from permattn.backends.triton import block_mass_kernels
+        from permattn.core.block_mass import BlockMassArgs
+
+        q = torch.zeros(2, HEADS, self.tokens, self.head_dim, dtype=self.dtype)
+        slots = torch.arange(self.tokens, dtype=torch.int32).expand(1, HEADS, -1)
+        blocks, lse = torch.zeros(1, dtype=torch.int32), torch.zeros(q.shape[:3])
+        facts = (slots, slots, blocks, self.block, self.block, lse, 0.125, 1e-3)
+        block_mass_kernels(BlockMassArgs(q, q[:, :KV_HEADS], *facts))
+
+
+AnyCase = Case | ProbeCase | QuantCase | MassCase
+
+
 def make_plan(kind: str, tokens: int) -> AttnPlan:
     """A plan of one kind.
 
@@ -186,8 +215,8 @@ def axis_orders(tokens: int) -> AttnPlan:
     return AttnPlan(tuple(parts))
 
 
-def _cases() -> tuple[Case | ProbeCase | QuantCase, ...]:
-    cases: list[Case | ProbeCase] = []
+def _cases() -> tuple[AnyCase, ...]:
+    cases: list[AnyCase] = []
     for way in ("fwd", "bwd"):
         for dim in (64, 128):
             cases += [
@@ -204,7 +233,9 @@ def _cases() -> tuple[Case | ProbeCase | QuantCase, ...]:
     shapes += [(64, BRAIN, 16), (64, BRAIN, 80), (64, BRAIN, 256)]
     shapes += [(16, BRAIN, 128), (32, BRAIN, 128), (16, SINGLE, 128)]
     cases += [ProbeCase("order", *facts, SAMPLE) for facts in shapes]
-    return (*cases, *_quantised_cases())
+    masses = [MassCase(64, BRAIN, dim, WITH_FLOAT8) for dim in (64, 128)]
+    masses += [MassCase(128, BRAIN, 128, SAMPLE), MassCase(64, SINGLE, 64, SAMPLE)]
+    return (*cases, *_quantised_cases(), *masses)
 
 
 def _quantised_cases() -> list[QuantCase]:
@@ -218,6 +249,7 @@ def _quantised_cases() -> list[QuantCase]:
     for pv, rows in (("int8", 32), ("int8", 128), ("fp8", 128), ("none", 128)):
         spec = QuantSpec("int8", pv, 64, rows)
         cases.append(QuantCase("gather", spec, "none", BRAIN, 128, SAMPLE))
+    cases.append(QuantCase("gather", QuantSpec("int8", "int8", 64, 128), "none", BRAIN, 64, SAMPLE))
     spec = QuantSpec("int4", "int4", 16, 64, balance=True)
     cases.append(QuantCase("orders", spec, "across", HALF, 128, SAMPLE))
     cases.append(QuantCase("orders", QuantSpec("int8"), "none", SINGLE, 64, SAMPLE))

@@ -21,16 +21,24 @@ TABLE = HERE / "machine_code.json"
 # CI's share: forward and backward, rows in order and gathered, three sets of instructions.
 CORE_CASES = (
     r"^(fwd|bwd)-(dense|gather)-bfloat16-d128$|^fwd-dense-bfloat16-d64$"
-    r"|^probe-order-r64-bfloat16-d128$"
+    r"|^probe-order-r64-bfloat16-d128$|^quant-orders-int8-(int8-r64-pairs|fp8-r64-none)-bfloat16-d128$"
+    r"|^mass-b64-bfloat16-d128$"
 )
 CORE_ARCHS = (80, 90, 120)
 # Bytes of shared memory that one block may use.
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # What multiplies matrices: one word per family. float32 in full precision has no such instruction.
 MATRIX_OPCODE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+# The same of bytes; of float8 where a GPU has it (elsewhere its numbers are float16).
+INT8_OPCODE = {arch: name.replace("HMMA", "IMMA") for arch, name in MATRIX_OPCODE.items()}
+INT8_OPCODE[90] = "IGMMA"
+FLOAT8_OPCODE = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
 # The instructions of whole warp groups multiply tiles of at least as many rows.
 WARP_GROUP_ROWS = 64
-MULTIPLYING = ("fwd_kernel", "dq_kernel", "dkdv_kernel", "probe_total_kernel", "probe_mass_kernel")
+MULTIPLYING = (
+    *("fwd_kernel", "dq_kernel", "dkdv_kernel"),
+    *("probe_total_kernel", "probe_mass_kernel", "block_mass_kernel"),
+)
 MAY_SPILL = re.compile(r"^(fwd|bwd)-.*-float32-d256$")
 
 Row = dict[str, Any]
@@ -77,13 +85,30 @@ def faults_of(row: Row) -> list[str]:
     if row["shared"] > SHARED_LIMIT[row["arch"]]:
         faults.append(f"{row['shared']} bytes of shared memory")
     multiplies = row["kernel"] in MULTIPLYING
-    if multiplies and "-float32-" not in row["case"]:
+    if multiplies and row["case"].startswith("quant-"):
+        faults += _small_number_faults(row)
+    elif multiplies and "-float32-" not in row["case"]:
         wanted = {MATRIX_OPCODE[row["arch"]]}
         if row["tile"][0] < WARP_GROUP_ROWS:
             wanted.add("HMMA")
         if not wanted & set(row["matrix"]):
             faults.append(f"matrix opcodes {row['matrix']}, wants one of {sorted(wanted)}")
     return [f"{key_of(row)}: {fault}" for fault in faults]
+
+
+def _small_number_faults(row: Row) -> list[str]:
+    """Q K^T must be products of bytes; P V of whatever its format is."""
+    arch, half = row["arch"], MATRIX_OPCODE[row["arch"]]
+    pv = row["case"].split("-")[3]
+    wanted = {INT8_OPCODE[arch]}
+    if pv == "fp8":
+        wanted.add(FLOAT8_OPCODE.get(arch, half))
+    elif pv == "none" and "-float32-" not in row["case"]:
+        wanted.add(half)
+    if row["tile"][0] < WARP_GROUP_ROWS:
+        wanted = {re.sub(r"^UTC|(?<=^.)G", "", name) for name in wanted}
+    missing = sorted(wanted - set(row["matrix"]))
+    return [f"matrix opcodes {row['matrix']}, wants {missing} too"] if missing else []
 
 
 def differences(rows: list[Row], table: dict[str, Row]) -> list[str]:
