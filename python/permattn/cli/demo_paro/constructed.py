@@ -90,7 +90,7 @@ def build(clean: Tensor, sizes: Sizes = Sizes()) -> Any:
     if sizes.hidden != len(sizes.kinds) * HEAD_DIM:
         raise ValueError(f"sizes: {sizes.layers} layers want {-(-sizes.num_used // 64)} heads")
     generator = torch.Generator().manual_seed(_SEED)
-    model = WanTransformer3DModel(
+    model: Any = WanTransformer3DModel(
         patch_size=PATCH,
         num_attention_heads=len(sizes.kinds),
         attention_head_dim=HEAD_DIM,
@@ -100,7 +100,8 @@ def build(clean: Tensor, sizes: Sizes = Sizes()) -> Any:
         freq_dim=TIME_DIM,
         ffn_dim=sizes.ffn,
         num_layers=sizes.layers,
-    ).eval()
+    )
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -200,8 +201,8 @@ def _fit_layers(model: Any, clean: Tensor, sizes: Sizes, generator: torch.Genera
 
     The estimate is that of the noisy patch without its noise. Layer after layer, heads are weighted
     such that their sum comes closest to what it lacks; not far from all alike, so that every head
-    counts. Then the velocity is fitted, per noise level and channel, as a sum of the noisy patch and
-    of what each layer added.
+    counts. Then the velocity is fitted, per noise level and channel, as a sum of the noisy patch
+    and of what each layer added.
 
     Returns: float64 [levels, layers + 1, CHANNELS].
     """
@@ -216,12 +217,12 @@ def _fit_layers(model: Any, clean: Tensor, sizes: Sizes, generator: torch.Genera
     text = torch.zeros(len(LEVELS), 1, sizes.hidden)
     found = [hidden[..., NOISY]]
     for block in model.blocks:
-        outputs: list[Tensor] = []
         to_out = block.attn1.to_out[0]
-        hook = to_out.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
-        block(hidden, text, still, rotary)
-        hook.remove()
-        per_head = outputs[0].unflatten(-1, (-1, VALUES)).transpose(-1, -2)
+        per_head = (
+            _head_outputs(block, (hidden, text, still, rotary))
+            .unflatten(-1, (-1, VALUES))
+            .transpose(-1, -2)
+        )
         lacking = target - hidden[..., ESTIMATE]
         weights = _solve(
             per_head[_NOISY_LEVELS].flatten(0, 2),
@@ -251,6 +252,17 @@ def _fit_layers(model: Any, clean: Tensor, sizes: Sizes, generator: torch.Genera
             for n in range(len(LEVELS))
         ]
     )
+
+
+def _head_outputs(block: Any, arguments: tuple[Tensor, ...]) -> Tensor:
+    """[B, tokens, heads * values]: what the self-attention of a block hands to its last layer."""
+    outputs: list[Tensor] = []
+    hook = block.attn1.to_out[0].register_forward_pre_hook(lambda _, x: outputs.append(x[0]))
+    try:
+        block(*arguments)
+    finally:
+        hook.remove()
+    return outputs[0]
 
 
 def _rows(model: Any, latents: Tensor) -> Tensor:

@@ -98,9 +98,6 @@ def content_values() -> Tensor:
     """int64: the places of a head's 64 values that hold content."""
     ends = torch.tensor(AXIS_PAIRS).cumsum(0).tolist()
     pairs = torch.cat(
-        [
-            torch.arange(end - count, end)
-            for end, count in zip(ends, CONTENT_PAIRS, strict=True)
-        ]
+        [torch.arange(end - count, end) for end, count in zip(ends, CONTENT_PAIRS, strict=True)]
     )
     return torch.stack((2 * pairs, 2 * pairs + 1), -1).flatten()

@@ -17,11 +17,12 @@ PIXELS, CHANNELS = 8, 16
 _BRIGHTNESS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (2, 1), (0, 3), (3, 0))
 _COLOUR = ((0, 0), (0, 1), (1, 0))
 # Rows: brightness and two colour differences of RGB, orthonormal.
-_TO_YCC = torch.tensor(
-    [[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]
-) / torch.tensor([[3.0], [2.0], [6.0]]).sqrt()
-# Pixel values per unit of latent, for a block's mean brightness, its mean colour and all else: as in
-# a trained VAE, no channel drowns the others.
+_TO_YCC = (
+    torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+    / torch.tensor([[3.0], [2.0], [6.0]]).sqrt()
+)
+# Pixel values per unit of latent, for a block's mean brightness, its mean colour and all else: as
+# in a trained VAE, no channel drowns the others.
 _SCALE_MEAN, _SCALE_COLOUR, _SCALE_REST = 0.7, 0.4, 0.2
 # Motion of the camera over the whole video, as a share of the frame.
 _DRIFT, _ZOOM = 0.035, 0.04

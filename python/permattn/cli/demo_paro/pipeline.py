@@ -58,7 +58,7 @@ class ConstructedWan:
 
         The latents of the result are `pipe(**call).frames`.
         """
-        frames, height, width = self.grid
+        _, height, width = self.grid
         generator = torch.Generator().manual_seed(seed)
         clean = self.clean(photo)
         noise = torch.randn(clean.shape, generator=generator)
@@ -122,7 +122,7 @@ def build_demo_pipeline(
         flow_shift=1.0,
         num_train_timesteps=1000,
     )
-    pipe = WanVideoToVideoPipeline(
+    pipe: Any = WanVideoToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
         transformer=_cast(model, dtype).to(device),

@@ -25,7 +25,9 @@ class Quality:
     cosine: float
 
 
-def compare(frames: Tensor, latents: Tensor, dense_frames: Tensor, dense_latents: Tensor) -> Quality:
+def compare(
+    frames: Tensor, latents: Tensor, dense_frames: Tensor, dense_latents: Tensor
+) -> Quality:
     """Quality of a run against the dense one.
 
     Args:

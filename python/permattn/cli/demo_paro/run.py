@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import shutil
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,27 @@ class Options:
     backend: str
     out: Path
     rounds: int = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The command line, understood.
+
+    Args:
+        grid: of the video, in tokens.
+        densities, precisions: what runs, crossed.
+        backend: the one that will run.
+        device, dtype: of the model.
+        folder: for plan files until all is done.
+    """
+
+    grid: tuple[int, int, int]
+    densities: tuple[float, ...]
+    precisions: tuple[str, ...]
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+    folder: Path
 
 
 def show(options: Options, *, as_json: bool) -> None:
@@ -131,13 +154,17 @@ def _run(options: Options, remarks: Console) -> tuple[Any, Path]:
 
     diffusers.utils.logging.set_verbosity_error()
     prepare_folder(options.out)
-    with _progress(remarks) as progress:
-        report = _measure(options, grid, densities, precisions, backend, device, dtype, progress)
+    with tempfile.TemporaryDirectory() as name, _progress(remarks) as progress:
+        folder = Path(name)
+        setting = Setting(grid, densities, precisions, backend, device, dtype, folder)
+        report = _measure(options, setting, progress)
         task = progress.add_task("drawing", total=1)
         sheet = options.out / "demo-paro.png"
         write_whole(sheet, lambda path: picture.draw(path, report))
         text = json.dumps(report.to_json(), indent=2) + "\n"
         write_whole(sheet.with_suffix(".json"), lambda path: path.write_text(text, "utf-8"))
+        for plan in folder.iterdir():
+            write_whole(options.out / plan.name, functools.partial(shutil.copyfile, plan))
         progress.advance(task)
     return report, sheet
 
@@ -152,16 +179,7 @@ def _progress(remarks: Console) -> Progress:
     )
 
 
-def _measure(
-    options: Options,
-    grid: tuple[int, int, int],
-    densities: tuple[float, ...],
-    precisions: tuple[str, ...],
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> Any:
+def _measure(options: Options, setting: Setting, progress: Progress) -> Any:
     from permattn.cli.demo_paro.headmaps import head_maps
     from permattn.cli.demo_paro.pipeline import build_demo_pipeline
     from permattn.cli.demo_paro.quality import compare
@@ -170,47 +188,55 @@ def _measure(
 
     task = progress.add_task("building the model", total=1)
     made = build_demo_pipeline(
-        grid, steps=options.steps, sizes=SIZES, dtype=dtype, device=device
+        setting.grid,
+        steps=options.steps,
+        sizes=SIZES,
+        dtype=setting.dtype,
+        device=setting.device,
     )
     progress.advance(task)
     start = time.perf_counter()
-    shown = _shown(densities)
-    plans = _calibrate(made, densities, shown, options, progress)
+    shown = _shown(setting.densities)
+    plans = _calibrate(made, setting, shown, options.backend, progress)
     seconds = time.perf_counter() - start
     task = progress.add_task("heads for the picture", total=1)
     layer = SIZES.layers // 2
     heads = head_maps(made, plans[shown, True].plan, PHOTO, layer, HEADS_SHOWN, SIZES)
     progress.advance(task)
-    variants = [Variant(d, p) for d in densities for p in precisions]
-    variants.append(Variant(shown, precisions[0], ordered=False))
+    variants = [Variant(d, p) for d in setting.densities for p in setting.precisions]
+    variants.append(Variant(shown, setting.precisions[0], ordered=False))
     turns = _turns(variants, options.rounds)
     task = progress.add_task("denoising", total=len(turns) * options.steps)
     call = made.call(PHOTO)
-    dense, runs = [], []
+    dense: list[Any] = []
+    runs: list[Any] = []
+    remarks: dict[str, None] = {}
     for variant in turns:
         progress.update(task, description=f"denoising, {variant.name}")
         plan = None
         if variant.density is not None:
             plan = plans[variant.density, variant.ordered].plan
-        with _quiet():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
             done = run(
                 *(made.pipe, call, variant, plan),
                 backend=options.backend,
                 on_step=lambda: progress.advance(task),
             )
+        remarks.update(dict.fromkeys(str(warning.message) for warning in said))
         (dense if plan is None else runs).append(done)
     progress.update(task, description="denoising")
     exact = dense[0]
     frames = exact.frames
     return Report(
-        facts=_facts(made, options, backend, device),
+        facts={**_facts(made, options, setting), "remarks": list(remarks)},
         dense=dense,
         runs=runs,
         quality=[compare(r.frames, r.latents, frames, exact.latents) for r in runs],
         plans=plans,
         heads=heads,
         calibration_seconds=seconds,
-        sdpa_ratio=_sdpa_over_fp32(made.num_tokens, dtype, device),
+        sdpa_ratio=_sdpa_over_fp32(made.num_tokens, setting.dtype, setting.device),
     )
 
 
@@ -234,13 +260,9 @@ def _turns(variants: list[Any], rounds: int) -> list[Any]:
 
 
 def _calibrate(
-    made: Any,
-    densities: tuple[float, ...],
-    shown: float,
-    options: Options,
-    progress: Progress,
+    made: Any, setting: Setting, shown: float, backend: str, progress: Progress
 ) -> dict[tuple[float, bool], Any]:
-    """Plans by (density, reordered), their files written: one measurement serves all densities."""
+    """Plans by (density, reordered) and their files; one measurement serves all densities."""
     from permattn.calibrate.paro import MeasureOptions, SelectOptions, measure
     from permattn.cli.demo_paro.report import PlanFacts
     from permattn.paro_file import save_paro
@@ -248,10 +270,10 @@ def _calibrate(
     calls = [replace(made, steps=CALIBRATION_STEPS).call(CALIBRATION_PHOTO, seed=1)]
     steps = tuple(range(CALIBRATION_STEPS))
     measuring = MeasureOptions(
-        density=shown, block=BLOCK, sampled_steps=steps, order_steps=1, backend=options.backend
+        density=shown, block=BLOCK, sampled_steps=steps, order_steps=1, backend=backend
     )
     plans: dict[tuple[float, bool], Any] = {}
-    for ordered, chosen in ((True, densities), (False, (shown,))):
+    for ordered, chosen in ((True, setting.densities), (False, (shown,))):
         told = "calibrating" if ordered else "calibrating, not reordered"
         task = progress.add_task(told, total=2)
         found = measure(
@@ -263,11 +285,9 @@ def _calibrate(
         for density in chosen:
             plan = found.plan(SelectOptions(density=density))
             name = f"wan-{100 * density:g}{'' if ordered else '-fhw'}.paro"
-            path = options.out / name
+            path = setting.folder / name
             save_paro(plan, path)
-            plans[density, ordered] = PlanFacts(
-                density, ordered, plan, name, path.stat().st_size
-            )
+            plans[density, ordered] = PlanFacts(density, ordered, plan, name, path.stat().st_size)
         progress.update(task, completed=2)
     return plans
 
@@ -277,14 +297,6 @@ def _teller(progress: Progress, task: Any) -> Callable[[str, float], None]:
         progress.update(task, completed=share + (stage == "masks"))
 
     return tell
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Numerics that the hardware emulates say so by a warning; the table's remark says it, too."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
 
 
 def _sdpa_over_fp32(tokens: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -307,7 +319,7 @@ def _sdpa_over_fp32(tokens: int, dtype: torch.dtype, device: torch.device) -> fl
     return low / full
 
 
-def _facts(made: Any, options: Options, backend: str, device: torch.device) -> dict[str, Any]:
+def _facts(made: Any, options: Options, setting: Setting) -> dict[str, Any]:
     config = made.pipe.transformer.config
     return {
         "model": f"{type(made.pipe.transformer).__name__}, {config.num_layers} layers, "
@@ -319,9 +331,9 @@ def _facts(made: Any, options: Options, backend: str, device: torch.device) -> d
         "scheduler": type(made.pipe.scheduler).__name__,
         "pipeline": type(made.pipe).__name__,
         "dtype": options.dtype,
-        "device": str(device),
+        "device": str(setting.device),
         "threads": torch.get_num_threads(),
-        "backend": backend,
+        "backend": setting.backend,
         "block": list(BLOCK),
         "permattn": __version__,
         "torch": torch.__version__,

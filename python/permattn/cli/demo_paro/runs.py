@@ -115,15 +115,11 @@ def run(
     patched: Any = nullcontext()
     if plan is not None:
         # The plan's calibration took fewer steps: bins are found by noise level.
-        patched = apply_paro(
-            pipe, plan, quant=variant.quant, backend=backend, match_steps=False
-        )
+        patched = apply_paro(pipe, plan, quant=variant.quant, backend=backend, match_steps=False)
     with patched as handle, watch.hooked(), torch.no_grad():
         latents = pipe(**call, callback_on_step_end=after).frames
         stats = {} if handle is None else dict(handle.stats)
-    return Run(
-        variant, latents.float().cpu(), watch.attention_ms, watch.step_ms, trail, stats
-    )
+    return Run(variant, latents.float().cpu(), watch.attention_ms, watch.step_ms, trail, stats)
 
 
 class _Stopwatch:
