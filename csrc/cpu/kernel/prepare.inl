@@ -313,8 +313,10 @@ struct GroupWriter {
     if (!p.per_column) {
       VecF most{};
       for (int64_t d = 0; d < buf.width; d += kWidth) most = larger(most, load(buf.inverse + d));
-      float all = 0.0F;
-      for (int i = 0; i < kWidth; ++i) all = most[i] <= all ? all : most[i];  // NaN wins
+      int32_t bits = 0;
+      for (int i = 0; i < kWidth; ++i) bits = as_int(most)[i] > bits ? as_int(most)[i] : bits;
+      float all;
+      __builtin_memcpy(&all, &bits, 4);
       const bool zero = all < kLeast;
       p.scales[place] = zero ? 0.0F : all / high;
       const float inverse = zero ? 0.0F : 1.0F / all * high;
