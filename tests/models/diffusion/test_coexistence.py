@@ -75,6 +75,50 @@ def test_group_offload(offload_first: bool, own_case, monkeypatch):
     assert handle.stats["sparse"] == 2
 
 
+def test_norms_that_a_hook_brings_in_are_called(own_case, monkeypatch):
+    """Leaf-level offload moves the weights of a norm when the norm is called."""
+    monkeypatch.setattr(group_offloading, "send_to_device", lambda x, *_, **__: x, raising=False)
+    case = own_case("wan")
+    plan = plan_for(case)
+    with apply_paro(case.model, plan):
+        want = case.run()
+    apply_group_offloading(case.model, onload_device=torch.device("cpu"), offload_type="leaf_level")
+    calls = []
+    for block in case.model.blocks:
+        block.attn1.norm_q.register_forward_hook(lambda *_: calls.append(1))
+    with apply_paro(case.model, plan) as handle:
+        assert (case.run() - want).abs().max() <= 1e-5
+    assert len(calls) == handle.stats["sparse"] == 2
+
+
+@pytest.mark.parametrize("offload_first", [True, False], ids=["offload-first", "paro-first"])
+def test_model_offload_swaps_forward(offload_first: bool, own_case):
+    """As accelerate does: it wraps `forward`, and puts the one it found back between runs."""
+    case = own_case("wan")
+    pipe = wan_pipeline(case)
+    plan, dense = plan_for(case), run(pipe)
+    model = case.model
+    with apply_paro(pipe, plan):
+        want = run(pipe)
+
+    def offload():
+        found = model.forward
+        model.forward = lambda *args, **kwargs: found(*args, **kwargs)
+        return found
+
+    if offload_first:
+        found = offload()
+    with apply_paro(pipe, plan) as handle:
+        if not offload_first:
+            found = offload()
+        assert torch.equal(run(pipe), want)
+        model.forward = found
+        offload()
+        assert torch.equal(run(pipe), want)
+        assert handle.stats["sparse"] == 32
+    assert torch.equal(run(pipe), dense)
+
+
 def test_hooks_around_ours_survive(own_case):
     """Model offload is a hook on the transformer: it may come and go at any time."""
     calls = []

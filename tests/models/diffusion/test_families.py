@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 from permattn.core import QuantSpec, TokenGrid
@@ -9,7 +10,7 @@ from permattn.models.diffusion import apply_paro, describe, observe
 from permattn.testing import assert_within
 
 from .reference import masked_sdpa
-from .tiny import BUILDERS, HEADS, NUM_TEXT, plan_for
+from .tiny import BUILDERS, HEADS, NUM_TEXT, fill, plan_for, wan
 
 FAMILIES = pytest.mark.parametrize("name", list(BUILDERS))
 TEXT = {"cogvideox": "prefix", "flux": "prefix", "qwen_image": "prefix", "hunyuan_video": "suffix"}
@@ -135,3 +136,37 @@ def test_gradients_flow(case_of):
     case.model(**(case.inputs | {"hidden_states": y}), return_dict=False)[0].sum().backward()
     case.model.zero_grad()
     assert (x.grad - y.grad).abs().max() <= 1e-4 * y.grad.abs().max()
+
+
+@pytest.mark.parametrize("name", ["vace", "skyreels"])
+def test_relatives_of_wan(name: str):
+    torch.manual_seed(0)
+    shared = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": HEADS,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 16,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "rope_max_seq_len": 32,
+    }
+    case = wan()
+    if name == "vace":
+        case.model = diffusers.WanVACETransformer3DModel(
+            **shared, vace_layers=[0, 1], vace_in_channels=6
+        )
+        case.inputs["control_hidden_states"] = torch.randn(2, 6, 4, 8, 12)
+    else:
+        case.model = diffusers.SkyReelsV2Transformer3DModel(**shared)
+    fill(case.model)
+    dense = case.run()
+    with apply_paro(case.model, plan_for(case, density=1.0)) as handle:
+        whole = case.run()
+    with apply_paro(case.model, plan_for(case)):
+        sparse = case.run()
+    assert (whole - dense).abs().max() <= 1e-5
+    assert (sparse - dense).abs().max() > 1e-3
+    assert handle.stats == {"sparse": 2, "dense": {}}

@@ -146,6 +146,16 @@ def test_a_scheduler_tells_steps_that_16_bits_cannot():
     assert len({float(t.bfloat16()) for t in scheduler.timesteps}) < 50
 
 
+def test_a_run_that_begins_in_the_middle_starts_at_step_0():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(8)
+    scheduler.set_begin_index(5)
+    times, sample = _Times(), torch.zeros(1)
+    for step, t in enumerate(scheduler.timesteps[5:]):
+        assert times.find(scheduler, float(t) / 1000) == (step, float(t) / 1000)
+        scheduler.step(sample, t, sample)
+
+
 def test_a_scheduler_that_stands_elsewhere_tells_nothing():
     scheduler = SimpleNamespace(timesteps=torch.tensor([1000.0, 500.0]), step_index=0)
     assert _Times().find(scheduler, 0.5) is None

@@ -108,18 +108,18 @@ class _Times:
         self._times: list[float] = []
 
     def find(self, scheduler: Any, sigma: float) -> tuple[int, float] | None:
-        """(step, sigma) where the scheduler stands; None where it does not stand at `sigma`."""
+        """(step of the run, sigma) of a scheduler; None where it does not stand at `sigma`."""
         times = getattr(scheduler, "timesteps", None)
         if not torch.is_tensor(times) or not hasattr(scheduler, "step_index"):
             return None
         if self._kept is None or self._kept() is not times:
             self._kept, self._times = weakref.ref(times), [float(t) for t in times.tolist()]
-        step = scheduler.step_index
-        if step is None:
-            step = getattr(scheduler, "begin_index", None) or 0
+        # Image to image begins in the middle of the schedule.
+        begin = getattr(scheduler, "begin_index", None) or 0
+        step = begin if scheduler.step_index is None else scheduler.step_index
         if step >= len(self._times) or abs(self._times[step] / 1000 - sigma) > _BF16:
             return None
-        return step, self._times[step] / 1000
+        return step - begin, self._times[step] / 1000
 
 
 class CallTracker:

@@ -28,7 +28,7 @@ class ModelFacts:
         text: where text stands in self-attention.
         scheduler: class name of the pipeline's; "" without a pipeline.
         num_steps: of the scheduler's last `set_timesteps`; None before it.
-        fingerprint: of the weights; "" where they are not in memory (meta tensors).
+        fingerprint: of the weights; "" where they are not plain tensors in memory.
     """
 
     model_class: str
@@ -78,7 +78,8 @@ def fingerprint_of(model: nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters()):
         if any(part in name for part in _FUSED):
             continue
-        if parameter.is_meta:
+        if parameter.is_meta or type(parameter.detach()) is not Tensor:
+            # Elsewhere, packed, or sharded.
             return ""
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         samples.setdefault(parameter.device, []).append(_some(parameter.detach()))

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from permattn.models.diffusion.dispatch import PrologueForm, attend_raw, layer_of
 
 Fused = Callable[..., Any]
+# Of diffusers (leaf-level offload, layerwise casting) and of accelerate (sequential offload).
+_HOOKS = ("_diffusers_hook", "_hf_hook")
 Norms = tuple[Tensor | None, Tensor | None, float, Tensor | None, Tensor | None, float]
 """Weight, bias and eps of q's norm, and of k's."""
 
@@ -161,15 +163,19 @@ def _projections(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _norms(attention: Any, kind: type, width: int) -> Norms | None:
     """The norms of an attention module; None unless both are of a kind and width."""
     q, k = attention.norm_q, attention.norm_k
-    norm: Any
     for norm in (q, k):
-        is_kind = type(norm) is kind
-        # torch's norms call their width normalized_shape, diffusers' own dim.
-        shape = getattr(norm, "normalized_shape", getattr(norm, "dim", ()))
-        if not is_kind or tuple(shape) != (width,) or norm.eps is None:
+        if type(norm) is not kind or not _is_plain(norm, width):
             return None
     q_bias, k_bias = getattr(q, "bias", None), getattr(k, "bias", None)
     return q.weight, q_bias, q.eps, k.weight, k_bias, k.eps
+
+
+def _is_plain(norm: Any, width: int) -> bool:
+    """Whether its weights may be read around it: no hook brings them to the device first."""
+    # torch's norms call their width normalized_shape, diffusers' own dim.
+    shape = getattr(norm, "normalized_shape", getattr(norm, "dim", ()))
+    is_hooked = norm._forward_pre_hooks or any(hasattr(norm, hook) for hook in _HOOKS)
+    return tuple(shape) == (width,) and norm.eps is not None and not is_hooked
 
 
 def _halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
