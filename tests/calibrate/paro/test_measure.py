@@ -55,6 +55,29 @@ def test_sums_are_those_of_the_dense_softmax_in_the_chosen_order(text):
     torch.testing.assert_close(all_sums(found.means).double(), want, rtol=1e-4, atol=1e-5)
 
 
+def test_padded_text_takes_no_mass():
+    """Sums with text of which a part is padding are those with the other part alone."""
+    facts = FakeFacts(text="prefix", num_layers=1)
+    model = FakeModel(facts, text=9, num_steps=1)
+    visible = torch.arange(9)[None] < 4
+
+    def padded(number, on_seen):
+        model.run(number, lambda seen: on_seen(replace(seen, text_visible=visible)))
+
+    def cut(number, on_seen):
+        def short(seen):
+            q = torch.cat((seen.q[:, :, :4], seen.q[:, :, 9:]), 2)
+            grid = replace(seen.grid, start=4)
+            on_seen(replace(seen, q=q, k=q, grid=grid, num_tokens=seen.num_tokens - 5))
+
+        model.run(number, short)
+
+    ours, want = (all_sums(measure_runs(run, 1, facts, OPTIONS).means) for run in (padded, cut))
+    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-6)
+    whole = all_sums(measure_runs(model.run, 1, facts, OPTIONS).means)
+    assert float((whole - want).abs().max()) > 1e-3
+
+
 def test_every_head_gets_the_order_it_aggregates_along():
     model = FakeModel()
     found = measure_runs(model.run, 1, model.facts, OPTIONS)
