@@ -7,6 +7,7 @@ import pytest
 import torch
 from permattn.core import QuantSpec, TokenGrid
 from permattn.models.diffusion import apply_paro, describe, observe
+from permattn.models.diffusion.families import family_of
 from permattn.testing import assert_within
 
 from .reference import masked_sdpa
@@ -124,6 +125,43 @@ def test_quantised_attention_is_near(name: str, quant: QuantSpec, case_of):
     assert handle.stats["sparse"] == 2
     error = (got - want).norm() / want.norm()
     assert 0 < error < 0.02
+
+
+@pytest.mark.parametrize("name", ["wan", "flux"])
+def test_inference_mode(name: str, case_of):
+    case = case_of(name)
+    plan = plan_for(case)
+    with apply_paro(case.model, plan):
+        want = case.run()
+        with torch.inference_mode():
+            fresh = {k: x.clone() if torch.is_tensor(x) else x for k, x in case.inputs.items()}
+            for _ in range(2):
+                assert torch.equal(case.run(**fresh), want)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "qwen_image"])
+def test_autocast(name: str, compiled: bool, own_case):
+    case = own_case(name)
+    with apply_paro(case.model, plan_for(case)):
+        want = case.run()
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = case.run()
+        plan = plan_for(case)
+        whole = plan_for(case, density=1.0)
+        if compiled:
+            torch._dynamo.reset()
+            for block in case.model.get_submodule(family_of(case.model).blocks[0]):
+                block.compile(backend="eager")
+        with apply_paro(case.model, whole):
+            near_dense = case.run()
+        with apply_paro(case.model, plan) as handle:
+            near = case.run()
+    torch._dynamo.reset()
+    assert handle.stats == {"sparse": 2, "dense": {}}
+    # A few roundings to 8 bits in each of two layers.
+    assert (near_dense - dense).norm() <= 0.02 * dense.norm()
+    assert (near - want).norm() <= 0.02 * want.norm()
 
 
 def test_gradients_flow(case_of):

@@ -166,6 +166,7 @@ def _backend(
     _parallel_config: Any = None,
 ) -> Tensor:
     """The backend that diffusers' dispatcher calls; the processor has named its layer."""
+    query, key, value = (_autocast(x) for x in (query, key, value))
     given = {
         "query": query,
         "key": key,
@@ -183,6 +184,12 @@ def _backend(
     if dropout_p or is_causal or enable_gqa or _parallel_config is not None or trained:
         return _run_untraced(TRACED.key, given)
     return attention_op(query, key, value, attn_mask, TRACED.key, scale)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x as torch's own attention would take it under autocast: norms leave float32 behind."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _run(layer: Layer | None, given: dict[str, Any], prologue: Prologue | None = None) -> Tensor:
@@ -242,6 +249,7 @@ def attend_raw(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of projections that still have to be normed and rotated, [B, S, H, D]."""
+    q, k, v = (_autocast(x) for x in (q, k, v))
     if not torch.compiler.is_compiling():
         layer = layer_of(attention)
         return _run(layer, _given(q, k, v, mask, None), form.prologue())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from permattn.patterns.paro import TextPlace
 
@@ -67,6 +67,11 @@ def grid_of_latents(latents: Sequence[int], patch: Sequence[int]) -> Size:
     """Tokens of latents (frames, height, width) in patches; what does not fill one is cut off."""
     frames, height, width = (size // p for size, p in zip(latents, patch, strict=True))
     return frames, height, width
+
+
+def version_of(x: Tensor) -> int:
+    """Goes up when x is written to, which nobody counts for tensors made in inference mode."""
+    return 0 if x.is_inference() else x._version
 
 
 @cache

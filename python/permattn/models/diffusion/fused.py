@@ -17,6 +17,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from permattn.models.diffusion.dispatch import PrologueForm, attend_raw, layer_of
+from permattn.models.diffusion.family import version_of
 
 Fused = Callable[..., Any]
 # Of diffusers (leaf-level offload, layerwise casting) and of accelerate (sequential offload).
@@ -196,7 +197,7 @@ class _Halves:
         self._seen: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor], int, tuple]] = []
 
     def of(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        version = cos._version + sin._version
+        version = version_of(cos) + version_of(sin)
         alive = [e for e in self._seen if e[0]() is not None and e[1]() is not None]
         for kept_cos, kept_sin, kept_version, halves in alive:
             if kept_cos() is cos and kept_sin() is sin and kept_version == version:

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permattn.models.diffusion.family import DiffusionFamily, Inputs, NotOneGrid, Size
+from permattn.models.diffusion.family import (
+    DiffusionFamily,
+    Inputs,
+    NotOneGrid,
+    Size,
+    version_of,
+)
 
 
 class _IdGrids:
@@ -20,10 +26,10 @@ class _IdGrids:
     def of(self, ids: Tensor) -> Size:
         self._seen = [entry for entry in self._seen if entry[0]() is not None][-8:]
         for kept, version, size in self._seen:
-            if kept() is ids and version == ids._version:
+            if kept() is ids and version == version_of(ids):
                 return size
         size = _read(ids)
-        self._seen.append((weakref.ref(ids), ids._version, size))
+        self._seen.append((weakref.ref(ids), version_of(ids), size))
         return size
 
 
