@@ -17,8 +17,14 @@ pytestmark = pytest.mark.skipif(not cpu.available_isas(), reason=f"{cpu._load()}
 
 ISAS = cpu.available_isas()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# An instruction set with bf16 products has kernels of its own for bf16 alone.
-KERNELS = [(i, d) for i in ISAS for d in DTYPES if "bf16" not in i or d == torch.bfloat16]
+# An instruction set with bf16 products has kernels of its own for bf16 alone, and one with products
+# of bytes for quantised attention alone.
+KERNELS = [
+    (i, d)
+    for i in ISAS
+    for d in DTYPES
+    if "vnni" not in i and ("bf16" not in i or d == torch.bfloat16)
+]
 dtype_id = {"ids": lambda x: str(x).removeprefix("torch.")}
 
 PLANS = {
