@@ -53,9 +53,11 @@ class Masses:
 
 
 @triton.jit
-def _block_tokens(p_token, i_block, num_slots, num_tokens, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Tokens of a block's slots, and which of them exist; none of a block that does not."""
-    o_inside = tl.arange(0, TILE)
+def _block_tokens(
+    p_token, i_block, i_inside, num_slots, num_tokens, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
+    """Tokens of TILE of a block's slots, and which of them exist; none of a block that does not."""
+    o_inside = i_inside + tl.arange(0, TILE)
     o_slot = i_block * BLOCK + o_inside
     m_slot = (o_inside < BLOCK) & (o_slot >= 0) & (o_slot < num_slots)
     return load_tokens(p_token, o_slot, m_slot, num_tokens, False)
@@ -119,7 +121,9 @@ def block_mass_kernel(
     # A number out of range (unchecked on a device) is a block of holes.
     m_block = (i_block >= 0) & (i_block < (num_q_slots + BLOCK_Q - 1) // BLOCK_Q)
     i_block = tl.where(m_block, i_block, -1)
-    b_q_token, m_q = _block_tokens(p_q_token, i_block, num_q_slots, num_q_tokens, BLOCK_Q, BLOCK_M)
+    b_q_token, m_q = _block_tokens(
+        p_q_token, i_block, 0, num_q_slots, num_q_tokens, BLOCK_Q, BLOCK_M
+    )
     p_lse += i_head.to(tl.int64) * num_q_tokens
     b_lse = tl.load(p_lse + b_q_token, mask=m_q, other=float("-inf"))
     m_q = m_q & (b_lse != float("-inf"))
@@ -131,19 +135,25 @@ def block_mass_kernel(
     o_block = (i_head.to(tl.int64) * num_q_blocks + i_n) * num_kv_blocks
     i_first = i_split * KV_BLOCKS
     for i_kv in tl.range(i_first, tl.minimum(i_first + KV_BLOCKS, num_kv_blocks)):
-        b_kv_token, m_kv = _block_tokens(
-            p_kv_token, i_kv, num_kv_slots, num_kv_tokens, BLOCK_KV, BLOCK_N
-        )
-        b_k = load_rows(p_k, b_kv_token, m_kv, k_strides[2], D, BLOCK_D)
-        b_score = dot_rows(b_q, b_k) * qk_scale - b_lse[:, None]
-        m_pair = m_q[:, None] & m_kv[None, :]
-        b_p = tl.where(m_pair, tl.math.exp2(b_score), 0.0)
-        tl.store(p_sums + o_block + i_kv, tl.sum(tl.sum(b_p, 1), 0))
+        b_sum = tl.zeros([BLOCK_M], tl.float32)
+        b_high = tl.zeros([BLOCK_M], tl.float32)
+        b_small = tl.zeros([BLOCK_M], tl.int32)
+        for i_inside in tl.static_range(0, BLOCK_KV, BLOCK_N):
+            b_kv_token, m_kv = _block_tokens(
+                p_kv_token, i_kv, i_inside, num_kv_slots, num_kv_tokens, BLOCK_KV, BLOCK_N
+            )
+            b_k = load_rows(p_k, b_kv_token, m_kv, k_strides[2], D, BLOCK_D)
+            b_score = dot_rows(b_q, b_k) * qk_scale - b_lse[:, None]
+            m_pair = m_q[:, None] & m_kv[None, :]
+            b_p = tl.where(m_pair, tl.math.exp2(b_score), 0.0)
+            b_sum += tl.sum(b_p, 1)
+            if eps is not None:
+                b_high = tl.maximum(b_high, tl.max(b_p, 1))
+                b_small += tl.sum((m_pair & (b_p < eps)).to(tl.int32), 1)
+        tl.store(p_sums + o_block + i_kv, tl.sum(b_sum, 0))
         if eps is not None:
-            m_small = m_pair & (b_p < eps)
-            tl.store(p_maxima + o_block + i_kv, tl.max(tl.max(b_p, 1), 0))
-            b_count = tl.sum(tl.sum(m_small.to(tl.int32), 1), 0)
-            tl.store(p_small + o_block + i_kv, b_count.to(tl.float32))
+            tl.store(p_maxima + o_block + i_kv, tl.max(b_high, 0))
+            tl.store(p_small + o_block + i_kv, tl.sum(b_small, 0).to(tl.float32))
 
 
 def launch_block_mass(m: Masses) -> None:
@@ -154,6 +164,10 @@ def launch_block_mass(m: Masses) -> None:
     if m.sums.numel() == 0:
         return
     block_m, block_n = (max(MIN_TILE, next_power_of_2(x)) for x in (m.block_q, m.block_kv))
+    warps, stages = min(8, max(4, block_m * block_n // ELEMENTS_PER_WARP)), 2
+    if m.q.element_size() == 4 or dim > 128:
+        # Whole rows of both sides live in registers, where there are no matrix instructions.
+        block_n, warps, stages = MIN_TILE, 8, 1
     block_mass_kernel[(num_q_blocks * num_splits * batch * heads,)](
         *(m.q, m.k, m.q_token, m.kv_token, m.q_blocks, m.lse, m.sums, m.maxima, m.small),
         launch.strides(m.q),
@@ -178,6 +192,6 @@ def launch_block_mass(m: Masses) -> None:
         BLOCK_N=block_n,
         BLOCK_D=padded_head_dim(dim),
         KV_BLOCKS=SPLIT,
-        num_warps=min(8, max(4, block_m * block_n // ELEMENTS_PER_WARP)),
-        num_stages=2 if m.q.element_size() == 2 and dim <= 128 else 1,
+        num_warps=warps,
+        num_stages=stages,
     )

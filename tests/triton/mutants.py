@@ -376,7 +376,7 @@ MUTANTS = (
     Mutant("mass-lse-in-base-e", "block_mass.py", "b_lse * LOG2E", "b_lse"),
     Mutant("mass-dead-rows", "block_mass.py", 'm_q & (b_lse != float("-inf"))', "m_q"),
     Mutant("mass-other-blocks-rows", "block_mass.py", "(o_inside < BLOCK) & ", ""),
-    Mutant("mass-pairs-with-holes", "block_mass.py", "m_pair & (b_p < eps)", "b_p < eps"),
+    Mutant("mass-pairs-with-holes", "block_mass.py", "(m_pair & (b_p < eps))", "(b_p < eps)"),
     Mutant(
         "mass-splits-overlap",
         "block_mass.py",

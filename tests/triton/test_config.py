@@ -11,6 +11,7 @@ from permattn.triton_kernels.config import (
     family_of,
     padded_head_dim,
     select_config,
+    select_quantised_config,
 )
 
 KERNELS = ("fwd", "dq", "dkdv")
@@ -50,6 +51,31 @@ def test_every_problem_has_a_config_that_triton_can_take(kernel, element_size):
             assert tile & (tile - 1) == 0
         assert config.num_warps in (4, 8)
         assert 1 <= config.num_stages <= 3
+        assert config.block_m < 2 * max(unit, 16), "a tile must not be mostly idle rows"
+
+
+@pytest.mark.parametrize("element_size", [2, 4], ids=["16-bit", "32-bit"])
+@pytest.mark.parametrize("pv", ["none", "int8", "int4", "fp8", "fp8_bits"])
+def test_small_numbers_have_a_config_of_one_group_of_keys(pv, element_size):
+    for capability, dim, unit, rows in product(
+        (80, 89, 90, 103, 120), (1, 24, 64, 80, 128, 256), (1, 16, 48, 64, 128), (32, 64, 128)
+    ):
+        config = select_quantised_config(
+            capability=capability,
+            element_size=element_size,
+            head_dim=dim,
+            head_dim_v=64,
+            unit=unit,
+            kv_rows=rows,
+            pv=pv,
+        )
+        if pv != "none":
+            assert config.block_n == rows
+        for tile in (config.block_m, config.block_n):
+            assert tile >= 16
+            assert tile & (tile - 1) == 0
+        assert config.num_warps in (4, 8)
+        assert 1 <= config.num_stages <= 2
         assert config.block_m < 2 * max(unit, 16), "a tile must not be mostly idle rows"
 
 

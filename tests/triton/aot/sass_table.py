@@ -39,7 +39,7 @@ MULTIPLYING = (
     *("fwd_kernel", "dq_kernel", "dkdv_kernel"),
     *("probe_total_kernel", "probe_mass_kernel", "block_mass_kernel"),
 )
-MAY_SPILL = re.compile(r"^(fwd|bwd)-.*-float32-d256$")
+MAY_SPILL = re.compile(r"^(fwd|bwd)-.*-float32-d256$|^mass-.*-float32-")
 
 Row = dict[str, Any]
 
