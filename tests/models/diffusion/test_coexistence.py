@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from diffusers import AutoModel, FirstBlockCacheConfig
@@ -187,6 +191,28 @@ def test_dense_layers_run_the_active_backend(case_of):
         want = case.run()
         with apply_paro(case.model, plan_for(case), dense_layers=[0, 1]):
             assert torch.equal(case.run(), want)
+
+
+def test_a_forgotten_handle_keeps_no_model_alive(own_case):
+    case = own_case("wan")
+    handle = apply_paro(case.model, plan_for(case))
+    case.run()
+    model = weakref.ref(case.model)
+    del case, handle
+    gc.collect()
+    assert model() is None
+
+
+def test_two_models_run_in_two_threads(own_case):
+    """The layer that runs is known per thread."""
+    cases = [own_case("flux"), own_case("qwen_image")]
+    handles = [apply_paro(case.model, plan_for(case)) for case in cases]
+    want = [case.run() for case in cases]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            got = list(pool.map(lambda case: case.run(), cases))
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert [handle.stats["sparse"] for handle in handles] == [12, 12]
 
 
 def test_saved_while_applied_is_the_plain_model(own_case, tmp_path):

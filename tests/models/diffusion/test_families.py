@@ -139,6 +139,7 @@ def test_inference_mode(name: str, case_of):
                 assert torch.equal(case.run(**fresh), want)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "qwen_image"])
 def test_autocast(name: str, compiled: bool, own_case):
