@@ -223,7 +223,6 @@ MUTANTS = (
         "prepare.py",
         "(i_b * num_x_heads + i_hx) * D",
         "(i_b * num_x_heads) * D",
-        True,
     ),
     Mutant(
         "prepare-head-of-x",
@@ -308,7 +307,7 @@ MUTANTS = (
         "(0 * b_q_factor[:, None] + 0.01) *",
     ),
     Mutant("small-group-unclamped", "quantised.py", "m_block & (i_group < num_groups)", "m_block"),
-    Mutant("small-group-0", "quantised.py", "+ i_lane % BLOCK // ROWS", "", True),
+    Mutant("small-group-0", "quantised.py", "+ i_lane % BLOCK // ROWS", ""),
     Mutant(
         "small-p-of-255-as-127",
         "quantised.py",
