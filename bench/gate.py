@@ -22,7 +22,6 @@ QUANTISED_LIMITS = {
     ("int8", "fp8"): 0.015,
     ("int8", "int8"): 0.005,
     ("int8", "int4"): 0.03,
-    ("int4", "none"): 0.03,
     ("int4", "int4"): 0.03,
 }
 

@@ -15,21 +15,15 @@ import torch
 from permattn.backends import BACKENDS
 from permattn.core import AttnPlan, FwdArgs, Permutation, QuantSpec, TokenGrid
 from permattn.core.prepare import PrepareArgs, smoothing_of
-from permattn.core.quant import PvFormat, QkFormat
+from permattn.core.quant import PRECISIONS
 from torch import Tensor
 
 from bench import baselines, local_heads
 from bench.gpu_prefill import milliseconds
-from bench.plans import head_orders, quant_of
+from bench.plans import head_orders
 
 DEVICE = torch.device("cuda")
-FORMATS: dict[str, tuple[QkFormat, PvFormat]] = {
-    "bf16": ("none", "none"),
-    "int8": ("int8", "none"),
-    "int8+fp8": ("int8", "fp8"),
-    "int8+int8": ("int8", "int8"),
-    "int4+int4": ("int4", "int4"),
-}
+FORMATS = ("none", *PRECISIONS)
 # Over FlashAttention-2, QKV projections left out: the paper's figures on an A100.
 GOALS = {0.5: 1.73, 0.3: 2.71, 0.2: 3.81}
 
@@ -70,8 +64,8 @@ def correctness(backend: str) -> list[dict[str, Any]]:
             outliers=True,
             dtype=torch.bfloat16,
         )
-        for name, formats in FORMATS.items():
-            plan = plan_of(layer, 0.4, quant_of(*formats))
+        for name in FORMATS:
+            plan = plan_of(layer, 0.4, QuantSpec.named(name))
             want = permattn.sparse_attention(q, k, v, plan, backend="reference").float()
             a, b, c = (x.to(DEVICE) for x in (q, k, v))
             got = attend(backend, a, b, c, plan.to(DEVICE))()
@@ -111,21 +105,24 @@ def attend(backend: str, q: Tensor, k: Tensor, v: Tensor, plan: AttnPlan) -> Cal
     return lambda: permattn.sparse_attention(q, k, v, plan, backend=backend)
 
 
-def timing(backend: str, name: str, densities: tuple[float, ...] = tuple(GOALS)) -> dict[str, Any]:
+def timing(backend: str, model: str, densities: tuple[float, ...] = tuple(GOALS)) -> dict[str, Any]:
     """One layer at several densities in every format, beside what others do.
 
     Returns: `ours`, `others` and `ratios` over SDPA's FlashAttention, with the paper's figure as
     the target of bf16.
     """
-    layer = LAYERS[name]
+    layer = LAYERS[model]
     q, k, v = draw(layer)
     others = [_recorded(x, make, q, k, v) for x, make in dense_kernels().items()]
     ours = []
     for density in densities:
         host = plan_of(layer, density, QuantSpec()).to(DEVICE)
-        for run, formats in FORMATS.items():
-            plan = AttnPlan(host.parts, quant_of(*formats), validate=False)
-            found: dict[str, Any] = {"run": f"{density:.0%} {run}", "density": density}
+        for name in FORMATS:
+            plan = AttnPlan(host.parts, QuantSpec.named(name), validate=False)
+            found: dict[str, Any] = {
+                "run": f"{density:.0%} {'bf16' if name == 'none' else name}",
+                "density": density,
+            }
             found["ms"] = milliseconds(attend(backend, q, k, v, plan))
             pairs = float(plan.num_block_pairs().double().mean()) * layer.heads
             found["tflops"] = 4 * pairs * layer.head_dim / found["ms"] / 1e9

@@ -16,7 +16,6 @@ from permattn.core import (
     TokenGrid,
 )
 from permattn.core.plan import block_token_range
-from permattn.core.quant import PvFormat, QkFormat
 from permattn.patterns.dense import plan_dense
 from torch import Tensor
 
@@ -101,12 +100,11 @@ class Paro:
 
     Args:
         density: share of every row's blocks.
-        qk, pv: formats; INT4 gets the small scale groups that it needs.
+        precision: a name of `QuantSpec.named`.
     """
 
     density: float
-    qk: QkFormat = "none"
-    pv: PvFormat = "none"
+    precision: str = "none"
     block: int = 64
 
     def __call__(self, num_tokens: int, heads: int) -> AttnPlan:
@@ -119,24 +117,13 @@ class Paro:
             torch.stack([masks[o] for o in orders]),
             num_tokens=num_tokens,
             block=block,
-            quant=quant_of(self.qk, self.pv),
+            quant=QuantSpec.named(self.precision),
         )
 
 
 def head_orders(heads: int) -> list[int]:
     """All six in turn."""
     return [h % 6 for h in range(heads)]
-
-
-def quant_of(qk: QkFormat, pv: PvFormat) -> QuantSpec:
-    """The scales that docs/numerics.md recommends for a format."""
-    if qk == "none":
-        return QuantSpec()
-    if "int4" in (qk, pv):
-        return QuantSpec(
-            qk, pv, q_rows_per_scale=1, kv_rows_per_scale=16, smooth_k=True, balance=True
-        )
-    return QuantSpec(qk, pv, smooth_k=True)
 
 
 PlanBuilder = Dense | RandomBlocks | TwoParts | Paro

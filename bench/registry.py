@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from permattn import HeadPattern
-from permattn.core.quant import PvFormat, QkFormat
+from permattn.core.quant import PRECISIONS
 
 from bench.planners import (
     AUTO,
@@ -391,20 +391,10 @@ COMPARED = Case(
     goals=tuple(Goal(f"{n} vs our causal dense list", "causal-dense", n) for n in PLANNERS),
 )
 
-# Formats of PAROAttention's table: name -> (qk, pv).
-PRECISIONS: dict[str, tuple[QkFormat, PvFormat]] = {
-    "int8": ("int8", "none"),
-    "int8+fp8": ("int8", "fp8"),
-    "int8+int8": ("int8", "int8"),
-    "int4+int4": ("int4", "int4"),
-}
-
 
 def paro_case(head_dim: int, target: float) -> Case:
     """Reordered heads of a video at several densities and in several formats, beside dense SDPA."""
-    quantised = [
-        Run(f"30 % {name}", "ours", Paro(0.3, *formats)) for name, formats in PRECISIONS.items()
-    ]
+    quantised = [Run(f"30 % {name}", "ours", Paro(0.3, name)) for name in PRECISIONS]
     return Case(
         name=f"paro-16k-d{head_dim}",
         group="paro",
@@ -417,7 +407,7 @@ def paro_case(head_dim: int, target: float) -> Case:
             Run("sdpa", "sdpa"),
             Run("dense", "ours", Dense(block_q=64, block_kv=64)),
             *(Run(f"{d:.0%}", "ours", Paro(d)) for d in (0.5, 0.3, 0.2)),
-            Run("prepare", "prepare", Paro(0.3, "int8", "int8")),
+            Run("prepare", "prepare", Paro(0.3, "int8+int8")),
             *quantised,
         ),
         goals=(

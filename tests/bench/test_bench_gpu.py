@@ -134,7 +134,7 @@ def test_a_paro_layer_is_itemised(paro_on_cpu, tmp_path):
 
 
 def test_paro_correctness_runs_and_goes_red(paro_on_cpu, monkeypatch):
-    monkeypatch.setattr(gpu_paro, "FORMATS", {"int8+int8": ("int8", "int8")})
+    monkeypatch.setattr(gpu_paro, "FORMATS", ("int8+int8",))
     assert [x["case"] for x in gpu_paro.correctness("cpu")] == ["int8+int8-d64", "int8+int8-d128"]
     monkeypatch.setattr(gpu_paro, "attend", lambda b, q, k, v, plan: lambda: 1.05 * v)
     with pytest.raises(AssertionError, match="differ from the reference"):

@@ -58,6 +58,16 @@ def test_explain_names_backend_reasons_and_cost(capsys):
     assert "CUDA" in facts["why_not"]["triton"]
 
 
+def test_explain_of_a_format(capsys):
+    argv = ["info", "--json", "--explain", "--quant", "int8+int8"]
+    assert cli.main(argv) == 0
+    facts = json.loads(capsys.readouterr().out)["explain"]
+    assert facts["backend"] in ("cpu", "reference") and facts["why_not"]["reference"] is None
+    assert cli.main([*argv, "--backward"]) == 0
+    facts = json.loads(capsys.readouterr().out)["explain"]
+    assert facts["why_not"]["reference"] == "quantised attention has no gradients"
+
+
 def test_explain_prints_tables(capsys):
     assert cli.main(["info", "--explain", "--dtype", "fp32", "--head-dim", "300"]) == 0
     text = capsys.readouterr().out
@@ -67,6 +77,7 @@ def test_explain_prints_tables(capsys):
 BAD = {
     "unknown-command": (["prefill"], "prefill"),
     "unknown-option": (["info", "--nope"], "--nope"),
+    "unknown-format": (["info", "--quant", "int2"], "--quant: wants 'none' or one of"),
     "not-a-number": (["info", "--tokens", "many"], "--tokens"),
     "below-minimum": (["demo", "--tokens", "3"], "--tokens"),
     "heads": (["info", "--heads", "5", "--kv-heads", "4"], "--heads"),

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 from permattn.core import AttnPlan, QuantSpec
-from permattn.core.quant import FORMATS, LEAST_MAXIMUM, quantise, quantise_probabilities, say_once
+from permattn.core.quant import (
+    FORMATS,
+    LEAST_MAXIMUM,
+    PRECISIONS,
+    quantise,
+    quantise_probabilities,
+    say_once,
+)
 from permattn.patterns.dense import plan_dense
 
 
@@ -113,6 +120,20 @@ def test_probabilities_use_all_bits_and_end_at_one():
 def test_bad_fields_are_named(fields, match):
     with pytest.raises(ValueError, match=match):
         QuantSpec(**fields)
+
+
+@pytest.mark.parametrize(("name", "want"), PRECISIONS.items())
+def test_names_are_formats_with_scales_that_suit_blocks_of_64(name, want):
+    spec = QuantSpec.named(name)
+    assert (spec.qk, spec.pv) == want and spec.smooth_k
+    assert spec.balance == ("int4" in name)
+    spec.check_blocks(64, 64)
+    assert QuantSpec.named("none") == QuantSpec()
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(ValueError, match=r"quant: wants 'none' or one of \['int8', .* got 'int2'"):
+        QuantSpec.named("int2")
 
 
 @pytest.mark.parametrize("name", ["q_rows_per_scale", "kv_rows_per_scale"])

@@ -77,6 +77,9 @@ def info(
         float, typer.Option(min=0.0, max=1.0, help="Share of causal pairs that are computed.")
     ] = 0.1,
     backward: Annotated[bool, typer.Option("--backward", help="With gradients.")] = False,
+    quant: Annotated[
+        str, typer.Option(help="none, int8, int8+int8, int8+fp8, int8+int4 or int4.")
+    ] = "none",
     pattern: Annotated[
         str, typer.Option(help="What every head runs: auto, grid, vertical_slash, ...")
     ] = "auto",
@@ -100,7 +103,7 @@ def info(
 
     memory = command.MemoryQuestion(pattern, frame, heads_per_pass, layers, weights_gb, memory_gb)
     problem = command.Question(
-        heads, kv_heads, tokens, head_dim, dtype, device, density, backward, memory
+        heads, kv_heads, tokens, head_dim, dtype, device, density, backward, memory, quant
     )
     command.show(problem, explain=explain, as_json=json)
 

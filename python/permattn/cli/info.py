@@ -27,10 +27,10 @@ from permattn.cli.memory import (
     print_memory,
 )
 from permattn.cli.options import parse_device, parse_dtype
-from permattn.core import Problem
+from permattn.core import Problem, QuantSpec
 
 BLOCK = 64
-PACKAGES = ("transformers", "triton", "av", "scikit-image", "matplotlib")
+PACKAGES = ("transformers", "diffusers", "triton", "av", "scikit-image", "matplotlib")
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,17 @@ class Question:
     density: float
     backward: bool
     memory: MemoryQuestion = field(default_factory=MemoryQuestion)
+    quant: str = "none"
 
     def problem(self) -> Problem:
         if self.heads % self.kv_heads:
             raise UserError(
                 f"--heads: wants a multiple of --kv-heads ({self.kv_heads}), got {self.heads}"
             )
+        try:
+            quant = QuantSpec.named(self.quant)
+        except ValueError as e:
+            raise UserError(f"--{e}") from None
         return Problem(
             device_type=parse_device(self.device, must_exist=False).type,
             dtype=parse_dtype(self.dtype),
@@ -60,6 +65,7 @@ class Question:
             head_dim=self.head_dim,
             head_dim_v=self.head_dim,
             blocks=((BLOCK, BLOCK),),
+            quant=quant,
             needs_grad=self.backward,
         )
 

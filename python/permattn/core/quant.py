@@ -29,6 +29,14 @@ FORMATS: dict[str, Format] = {
     "int4": Format(torch.int8, 7, 15),
     "fp8": Format(torch.float8_e4m3fn, 448, 448),
 }
+# Short names of what users ask for: name -> (qk, pv).
+PRECISIONS: dict[str, tuple[QkFormat, PvFormat]] = {
+    "int8": ("int8", "none"),
+    "int8+fp8": ("int8", "fp8"),
+    "int8+int8": ("int8", "int8"),
+    "int8+int4": ("int8", "int4"),
+    "int4": ("int4", "int4"),
+}
 # Below it a group counts as zeros: the inverse of its scale would overflow.
 LEAST_MAXIMUM = 1e-30
 
@@ -76,6 +84,27 @@ class QuantSpec:
                 )
         if (self.smooth_k or self.balance) and self.qk == "none":
             raise ValueError("QuantSpec.smooth_k, balance: want a quantised qk, got 'none'")
+
+    @classmethod
+    def named(cls, name: str) -> QuantSpec:
+        """The numerics that go by a short name, with the scales that each format needs.
+
+        Args:
+            name: "none", or one of `PRECISIONS`: the format of Q and K, and that of P and V behind
+                a plus; "int4" is both. INT4 takes small groups and balanced columns: with the
+                scales of INT8 it errs twice as much.
+
+        Raises:
+            ValueError: an unknown name; lists the known ones.
+        """
+        if name == "none":
+            return cls()
+        if name not in PRECISIONS:
+            raise ValueError(f"quant: wants 'none' or one of {list(PRECISIONS)}, got {name!r}")
+        qk, pv = PRECISIONS[name]
+        if "int4" in (qk, pv):
+            return cls(qk, pv, 1, 16, smooth_k=True, balance=True)
+        return cls(qk, pv, smooth_k=True)
 
     @property
     def is_quantised(self) -> bool:

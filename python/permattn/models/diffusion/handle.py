@@ -21,7 +21,7 @@ def apply_paro(
     pipe_or_transformer: Any,
     plan: PlanOrPath | Mapping[str, PlanOrPath],
     *,
-    quant: QuantSpec | None = None,
+    quant: QuantSpec | str | None = None,
     backend: str = "auto",
     dense_first_steps: int = 0,
     dense_layers: Iterable[int] = (),
@@ -38,7 +38,8 @@ def apply_paro(
             LTX-Video or Qwen-Image.
         plan: what `permattn.paro.calibrate` made, or the path of its file. For a pipeline with two
             transformers (Wan 2.2): {"transformer": plan, "transformer_2": plan}.
-        quant: numerics; None = nothing is quantised.
+        quant: numerics, or a name such as "int8+int8" (`QuantSpec.named`); None = nothing is
+            quantised.
         backend: see `permattn.sparse_attention`.
         dense_first_steps: that many steps of a run stay dense.
         dense_layers: layers that stay dense.
@@ -58,7 +59,8 @@ def apply_paro(
     """
     models, scheduler = transformers_in(pipe_or_transformer)
     plans = _plans_of(plan, tuple(models))
-    quant = QuantSpec() if quant is None else quant
+    if quant is None or isinstance(quant, str):
+        quant = QuantSpec.named(quant or "none")
     layers = tuple(dense_layers)
     _check_options(quant, dense_first_steps, match_steps, on_mismatch)
     facts = {name: describe(pipe_or_transformer, component=name) for name in plans}
@@ -161,7 +163,7 @@ def _check_options(
     quant: QuantSpec, dense_first_steps: int, match_steps: bool, on_mismatch: str
 ) -> None:
     if not isinstance(quant, QuantSpec):
-        raise TypeError(f"quant: wants a QuantSpec or None, got {type(quant).__name__}")
+        raise TypeError(f"quant: wants a QuantSpec, a name or None, got {type(quant).__name__}")
     if isinstance(dense_first_steps, bool) or not isinstance(dense_first_steps, int):
         raise TypeError(f"dense_first_steps: wants an integer, got {dense_first_steps!r}")
     if dense_first_steps < 0:
