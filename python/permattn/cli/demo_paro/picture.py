@@ -30,18 +30,20 @@ def draw(path: Path, report: Report) -> None:
     """Writes the PNG."""
     frame = report.dense[0].frames.shape[1] / report.dense[0].frames.shape[2]
     # Inches of the parts: title, trail, tiles, bars, heads.
-    strip = _WIDTH * 0.95 / _TRAIL * frame + 0.32
-    tiles = 2 * _WIDTH * 0.95 / _TILES * frame + 0.75
+    trail, tiles = min(_TRAIL, len(report.dense[0].trail)), len(_chosen(report))
+    strip = _WIDTH * 0.95 / trail * frame + 0.3
+    pairs = 2 * _WIDTH * 0.95 / tiles * frame + 0.95
     rows = -(-len(report.heads) // _HEADS_PER_ROW)
-    parts = (1.55, strip, tiles, 2.6, 2.75 * rows + 0.55)
-    height = sum(parts) + 1.5
+    bars = 0.5 + 0.15 * (len(report.runs) + 1)
+    parts = (1.3, strip, pairs, bars, 2.75 * rows)
+    height = sum(parts) + 1.7
     figure = Figure(figsize=(_WIDTH, height), facecolor=_PAPER, dpi=130)
     FigureCanvasAgg(figure)
     top = height - 0.25
     edges = []
     for part in parts:
         edges.append((top - part, part))
-        top -= part + 0.25
+        top -= part + 0.28
     _draw_title(figure, _place(edges[0], height), report)
     _draw_trail(figure, _place(edges[1], height), report.dense[0])
     _draw_tiles(figure, _place(edges[2], height), report)
@@ -58,13 +60,13 @@ def _place(edge: tuple[float, float], height: float) -> tuple[float, float]:
 def _draw_title(figure: Figure, place: tuple[float, float], report: Report) -> None:
     axis = _bare(figure.add_axes((0.025, place[0], 0.95, place[1])))
     facts = report.facts
-    best = max(report.runs, key=lambda run: report.speedups(run)[0])
-    first = report.quality[report.runs.index(best)]
+    density = min(report.plans, key=lambda plan: plan[1])[0]
+    run, quality = report.find(Variant(density, facts["dtype"])) or _chosen(report)[0]
     axis.text(
         0,
         1.0,
-        f"{facts['tokens']:,} tokens denoised with {best.variant.density:.0%} of the attention: "
-        f"{report.speedups(best)[0]:.1f}x faster, {decibels(first.psnr)} from the dense video",
+        f"{facts['tokens']:,} tokens, {run.variant.density:.0%} of the attention: "
+        f"{report.speedups(run)[0]:.1f}x faster, {decibels(quality.psnr)} against the dense video",
         fontsize=20,
         fontweight="bold",
         color=_INK,
@@ -80,7 +82,7 @@ def _draw_title(figure: Figure, place: tuple[float, float], report: Report) -> N
     for i, line in enumerate(lines):
         axis.text(
             0,
-            0.60 - 0.19 * i,
+            0.58 - 0.2 * i,
             line,
             fontsize=10,
             color=_SPARSE if i == 1 else _FAINT,
@@ -91,12 +93,12 @@ def _draw_title(figure: Figure, place: tuple[float, float], report: Report) -> N
 
 def _draw_trail(figure: Figure, place: tuple[float, float], dense: Run) -> None:
     """One frame of the dense run after some of its steps."""
-    chosen = np.unique(np.linspace(0, len(dense.trail) - 1, _TRAIL).round().astype(int))
+    last = len(dense.trail) - 1
+    chosen = np.unique(np.linspace(0, last, _TRAIL).round().astype(int))
     for i, step in enumerate(chosen):
         frames = decode(dense.trail[step])
-        last = step == len(dense.trail) - 1
-        name = f"dense, after step {step + 1}" + (": the end" if last else "")
-        axis = _tile(figure, place, i, _TRAIL, 0, 1)
+        name = f"dense, after step {step} of {last}" if step else "the start: a noised video"
+        axis = _tile(figure, place, (i, len(chosen)), (0, 1))
         _show(axis, frames[len(frames) // 2], name)
 
 
@@ -104,17 +106,22 @@ def _draw_tiles(figure: Figure, place: tuple[float, float], report: Report) -> N
     """Final frames of some runs, and below each its difference from the dense one."""
     dense = report.dense[0].frames
     middle = len(dense) // 2
-    for i, (run, quality) in enumerate(_chosen(report)):
+    chosen = _chosen(report)
+    for i, (run, quality) in enumerate(chosen):
         frames = run.frames
         attention, _ = report.speedups(run)
         _show(
-            _tile(figure, place, i, _TILES, 0, 2),
+            _tile(figure, place, (i, len(chosen)), (0, 2)),
             frames[middle],
             run.variant.name,
             f"{decibels(quality.psnr)}, SSIM {quality.ssim:.3f}, attention {attention:.1f}x",
         )
         error = ((frames[middle] - dense[middle]) * _GAIN + 0.5).clamp(0, 1)
-        _show(_tile(figure, place, i, _TILES, 1, 2), error, f"difference from dense, x{_GAIN}")
+        _show(
+            _tile(figure, place, (i, len(chosen)), (1, 2)),
+            error,
+            f"difference from dense, x{_GAIN}",
+        )
 
 
 def _chosen(report: Report) -> list[tuple[Run, Quality]]:
@@ -177,9 +184,9 @@ def _draw_heads(figure: Figure, place: tuple[float, float], heads: list[HeadMap]
                 axis.text(
                     0,
                     1.16,
-                    f"{head.name}: order {head.order} holds {head.kept:.1%} of the attention in "
+                    f"{head.name}: {head.order} holds {head.kept:.1%} of the attention in "
                     f"{head.density:.0%} of the blocks, FHW {head.kept_before:.1%}",
-                    fontsize=9.5,
+                    fontsize=9,
                     fontweight="bold",
                     color=_INK,
                     transform=axis.transAxes,
@@ -200,11 +207,15 @@ def _draw_map(axis: Any, head: HeadMap, kind: str) -> None:
 
 
 def _tile(
-    figure: Figure, place: tuple[float, float], column: int, columns: int, row: int, rows: int
+    figure: Figure, place: tuple[float, float], column: tuple[int, int], row: tuple[int, int]
 ) -> Any:
-    wide, high = 0.95 / columns, place[1] / rows
-    bottom = place[0] + place[1] - high * (row + 1)
-    return figure.add_axes((0.025 + wide * column, bottom, 0.965 * wide, 0.86 * high))
+    """Axes of one cell; column and row are (number, count). A title fits above, a line below."""
+    wide, high = 0.95 / column[1], place[1] / row[1]
+    above, below = 0.22 / figure.get_figheight(), 0.24 / figure.get_figheight()
+    if row[1] == 1 or row[0] > 0:
+        below = 0.0
+    bottom = place[0] + place[1] - high * (row[0] + 1) + below
+    return figure.add_axes((0.025 + wide * column[0], bottom, 0.965 * wide, high - above - below))
 
 
 def _show(axis: Any, frame: Tensor, title: str, below: str = "") -> None:

@@ -62,13 +62,14 @@ class ConstructedWan:
         generator = torch.Generator().manual_seed(seed)
         clean = self.clean(photo)
         noise = torch.randn(clean.shape, generator=generator)
+        prompt = torch.randn(1, _TEXT_TOKENS, TEXT_DIM, generator=generator)
         skipped = max(1, round(self.steps * _SKIPPED / (1 - _SKIPPED)))
         total = self.steps + skipped
         self.pipe.scheduler.set_timesteps(total)
         level = float(self.pipe.scheduler.sigmas[skipped])
         height, width = self._pixels(height, width)
         return {
-            "prompt_embeds": torch.randn(1, _TEXT_TOKENS, TEXT_DIM, generator=generator),
+            "prompt_embeds": prompt.to(self.pipe.transformer.device),
             "latents": (1 - level) * clean + level * noise,
             "height": height,
             "width": width,

@@ -33,6 +33,7 @@ MIN_TOKENS = 4 * BLOCK[0]
 PHOTO, CALIBRATION_PHOTO = 0, 2
 CALIBRATION_STEPS = 2
 HEADS_SHOWN = 6
+SHOWN_DENSITY = 0.3
 
 
 @dataclass(frozen=True)
@@ -241,8 +242,8 @@ def _measure(options: Options, setting: Setting, progress: Progress) -> Any:
 
 
 def _shown(densities: tuple[float, ...]) -> float:
-    """The density of the head maps and of the run without reordering: the middle one."""
-    return sorted(densities)[len(densities) // 2]
+    """The density of the head maps and of the run without reordering: the one nearest to 0.3."""
+    return min(densities, key=lambda density: abs(density - SHOWN_DENSITY))
 
 
 def _turns(variants: list[Any], rounds: int) -> list[Any]:

@@ -61,7 +61,7 @@ class Run:
         attention_ms, step_ms: of every step. Attention: all self-attention of the model, from
             projected q, k, v to the input of the output projection, so norm and rotary embedding
             of q and k count, dense or sparse. Step: one call of the transformer.
-        trail: latents after every step, where they were asked for.
+        trail: latents at the start and after every step.
         stats: of the patched model.
     """
 
@@ -105,7 +105,7 @@ def run(
         on_step: called after every step.
     """
     watch = _Stopwatch(pipe.transformer)
-    trail: list[Tensor] = []
+    trail: list[Tensor] = [call["latents"].float().cpu()]
 
     def after(_pipe: Any, _step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
         trail.append(values["latents"].float().cpu())
