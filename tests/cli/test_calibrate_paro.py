@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from permattn import cli
-from permattn.calibrate.paro import MeasureOptions, check_plan, measure
+from permattn.calibrate.paro import MeasureOptions, SelectOptions, check_plan, measure
 from permattn.calibrate.paro.pipelines import check_prompts
 from permattn.cli.calibrate.paro import parse_block, parse_steps
 from permattn.cli.calibrate.paro_sheet import heads_to_draw
@@ -106,7 +106,7 @@ def test_a_plan_of_full_density_errs_by_rounding(calibrated):
     options = PipeOptions(None, steps=2, height=64, width=96, frames=4)
     subject = load_pipe(options, device=torch.device("cpu"), dtype=torch.float32)
     found = measure(subject.pipe, subject.prompts, MeasureOptions(block=(16, 16), bins="shared"))
-    half, whole = (found.plan(replace_density(d)) for d in (0.5, 1.0))
+    half, whole = (found.plan(SelectOptions(density=d)) for d in (0.5, 1.0))
     check = check_plan(subject.pipe, subject.prompts[0], whole, maps=heads_to_draw(half))
     assert float(check.error.max()) < 1e-4 and float(check.recall.min()) > 0.9999
     assert len(check.maps) == 3
@@ -116,12 +116,6 @@ def test_a_plan_of_full_density_errs_by_rounding(calibrated):
     # The plan's own recall is the mean over all samples; a run at half density has about as much.
     measured = check_plan(subject.pipe, subject.prompts[0], half, num_steps=9).recall
     torch.testing.assert_close(measured, half.recall.mean(0), rtol=0, atol=1e-3)
-
-
-def replace_density(density: float):
-    from permattn.calibrate.paro import SelectOptions
-
-    return SelectOptions(density=density)
 
 
 REFUSED = {
@@ -162,6 +156,16 @@ def test_reports_refuse_what_is_no_plan(calibrated, tmp_path, capsys):
     argv = [*report, plan, "--layers", "0"]
     assert "does not go with" in refusal(argv, tmp_path, capsys)
     assert "belong to --paro" in refusal(["report", "--steps", "3"], tmp_path, capsys)
+
+
+def test_ctrl_c_ends_in_one_line_and_leaves_no_plan(tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("permattn.cli.calibrate.paro.measure", interrupted)
+    assert cli.main([*CALIBRATE, "--out", str(tmp_path)]) == 130
+    assert "permattn: interrupted" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_texts_are_parsed():
