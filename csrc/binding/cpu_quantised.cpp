@@ -182,7 +182,9 @@ void cpu_forward_quantised(const Tensor& q, const Tensor& k, const Tensor& v, co
   QuantisedCall call{};
   read_spec(plan_ints, call);
   for (const PlanPart& part : parts) {
-    STD_TORCH_CHECK(part.index.block_col % call.kv_rows == 0,
+    // INT32_MAX stands for any longer block: there is one of it.
+    const bool fits = part.index.block_col % call.kv_rows == 0;
+    STD_TORCH_CHECK(fits || part.index.block_col == INT32_MAX,
                     "kv_rows_per_scale: must divide the plan's blocks of ", part.index.block_col,
                     ", got ", call.kv_rows);
   }

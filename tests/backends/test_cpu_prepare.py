@@ -8,6 +8,7 @@ from permattn.core import AttnPlan, QuantSpec
 from permattn.core.prepare import PrepareArgs, smoothing_of
 from permattn.core.problem import FwdArgs
 from permattn.core.prologue import Prologue, RowTransform
+from permattn.patterns.dense import plan_dense
 
 pytestmark = pytest.mark.skipif(not cpu.available_isas(), reason=f"{cpu._load()}")
 
@@ -181,6 +182,15 @@ def test_smoothing_is_the_core_s(dtype, with_prologue, unseen):
             torch.testing.assert_close(
                 getattr(ours, name), getattr(wanted, name), rtol=2e-5, atol=2e-5
             )
+
+
+def test_smoothing_counts_every_token_of_an_identity():
+    """1301 tokens: a number that neither bfloat16 nor a run of tokens holds evenly."""
+    g = torch.Generator().manual_seed(8)
+    plan = AttnPlan(plan_dense(1301, 1301, causal=False).parts, QuantSpec("int8", smooth_k=True))
+    q, k, v = ((torch.randn(1, 2, 1301, 16, generator=g) + 3).bfloat16() for _ in range(3))
+    args = FwdArgs(q, k, v, plan, 0.25)
+    torch.testing.assert_close(cpu.smoothing_of(args).mean, smoothing_of(args).mean)
 
 
 def test_two_preparations_are_bit_identical():

@@ -216,7 +216,7 @@ def _columns(
     torch.ops.permattn_native.cpu_column_statistics.default(
         *(x, *_packed(Prologue(transform)), seen, total, low, high, _isa_number(isa))
     )
-    tokens = x.new_tensor(x.shape[2]) if seen is None else seen.sum(-1, keepdim=True)
+    tokens = total.new_tensor(x.shape[2]) if seen is None else seen.sum(-1, keepdim=True)
     return total, low, high, tokens.clamp_min(1)
 
 
