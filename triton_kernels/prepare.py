@@ -405,7 +405,7 @@ def _empty(rows: Rows) -> Prepared:
     x = rows.x
     batch, dim, num_groups = x.shape[0], x.shape[3], rows.num_groups
     dtypes = {"none": x.dtype, "fp8": torch.float8_e4m3fn}
-    shape = (batch, rows.num_heads, rows.num_slots, dim)
+    shape: tuple[int, ...] = (batch, rows.num_heads, rows.num_slots, dim)
     if rows.tiles:
         shape = (batch, rows.num_heads, num_groups, dim, rows.rows_per_scale)
     made = x.new_empty(shape, dtype=dtypes.get(rows.fmt, torch.int8))

@@ -69,6 +69,7 @@ def quantised_values(
         p_v: tiles of `prepare.Rows`; p_v_offset: int32 by column, for int8 only.
         PV: "int8", "int4", "fp8", or "fp8_bits" where float8 is bytes and multiplied as float16.
     """
+    P_HIGH: tl.constexpr = 255.0 if PV == "int8" else (15.0 if PV == "int4" else 448.0)
     b_p = tl.math.exp2(b_score - tl.where(b_top == float("-inf"), 0.0, b_top)[:, None])
     i_tile = i_group.to(tl.int64) * DV
     b_v = _load_tile(p_v + i_tile * KV_ROWS, m_group, KV_ROWS, DV, BLOCK_DV)
@@ -76,7 +77,6 @@ def quantised_values(
     m_d = m_group & (o_d < DV)
     b_v_scale = tl.load(p_v_scale + i_tile + o_d, mask=m_d, other=0.0)
     if PV == "int8":
-        P_HIGH: tl.constexpr = 255.0
         # The last byte of the sum is the rounded number less 128, as a signed one.
         b_p = b_p * P_HIGH + SIGNED_STEPS
         b_sum = tl.sum(b_p - SIGNED_STEPS, 1)
@@ -85,17 +85,14 @@ def quantised_values(
         b_start = tl.zeros([b_p.shape[0], BLOCK_DV], tl.int32) + b_offset[None, :]
         b_product = tl.dot(b_small, tl.trans(b_v), b_start, out_dtype=tl.int32)
     elif PV == "int4":
-        P_HIGH: tl.constexpr = 15.0
         b_p = round_to_integer(b_p * P_HIGH)
         b_sum = tl.sum(b_p, 1)
         b_product = tl.dot(b_p.to(tl.int8), tl.trans(b_v), out_dtype=tl.int32)
     elif PV == "fp8":
-        P_HIGH: tl.constexpr = 448.0
         b_small = (b_p * P_HIGH).to(tl.float8e4nv)
         b_sum = tl.sum(b_small.to(tl.float32), 1)
         b_product = tl.dot(b_small, tl.trans(b_v))
     else:
-        P_HIGH: tl.constexpr = 448.0
         b_p = round_to_e4m3(b_p * P_HIGH)
         b_sum = tl.sum(b_p, 1)
         b_product = tl.dot(b_p.to(tl.float16), tl.trans(e4m3_from_bits(b_v)))

@@ -311,20 +311,20 @@ MUTANTS = (
     Mutant(
         "small-p-of-255-as-127",
         "quantised.py",
-        "P_HIGH: tl.constexpr = 255.0",
-        "P_HIGH: tl.constexpr = 127.0",
+        "255.0 if PV",
+        "127.0 if PV",
     ),
     Mutant(
         "small-p-of-15-as-7",
         "quantised.py",
-        "P_HIGH: tl.constexpr = 15.0",
-        "P_HIGH: tl.constexpr = 7.0",
+        "15.0 if PV",
+        "7.0 if PV",
     ),
     Mutant(
         "small-p-of-448-as-256",
         "quantised.py",
-        "P_HIGH: tl.constexpr = 448.0",
-        "P_HIGH: tl.constexpr = 256.0",
+        "else 448.0",
+        "else 256.0",
     ),
     Mutant("small-offset-unread", "quantised.py", "b_offset[None, :]", "0 * b_offset[None, :]"),
     Mutant(
