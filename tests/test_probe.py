@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from permattn.backends import AUTO_ORDER, BACKENDS, cpu, reference
+from permattn.backends import AUTO_ORDER, BACKENDS, cpu
 from permattn.core.probe import ProbeArgs
 from permattn.probe import ProbeMass, probe_mass, probe_mass_op
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -61,7 +61,8 @@ def test_every_instruction_set_is_within_the_bound(isa, dtype, dim):
 
 def test_reference_is_the_same_in_chunks(monkeypatch):
     found = cases.LONG[2].inputs()
-    monkeypatch.setattr(reference, "_PROBE_CHUNK_BYTES", 1)
+    home = importlib.import_module("permattn.backends.reference.probing")
+    monkeypatch.setattr(home, "_PROBE_CHUNK_BYTES", 1)
     cases.assert_probe(probe_mass(**found, backend="reference"), found, "chunks")
 
 
