@@ -141,7 +141,7 @@ def demo(
         typer.Option("--paro", help="PAROAttention: a Wan transformer denoises a video instead."),
     ] = False,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="--paro: denoising steps. Default: 4.")
+        int | None, typer.Option(min=1, help="--paro: denoising steps. Default: 8.")
     ] = None,
     density: Annotated[
         str | None,
@@ -170,7 +170,7 @@ def demo(
                 raise UserError(f"{name} {value}: --paro brings its own; leave it out")
         show_paro(
             ParoOptions(
-                steps=steps or 4,
+                steps=steps or 8,
                 tokens=tokens or 8000,
                 frames=frames,
                 density=density or "0.5,0.3,0.2",

@@ -88,7 +88,7 @@ class ConstructedWan:
 def build_demo_pipeline(
     grid: tuple[int, int, int] = GRID,
     *,
-    steps: int = 4,
+    steps: int = 8,
     sizes: Sizes = Sizes(),
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
