@@ -30,7 +30,7 @@ def oracle(group: torch.Tensor, high: int) -> tuple[torch.Tensor, float]:
     most = max(abs(x) for row in numbers for x in row)
     if most < Fraction(LEAST_MAXIMUM):
         return torch.zeros(group.shape, dtype=torch.int8), 0.0
-    inverse, scale = single(high / most), single(most / high)
+    inverse, scale = single(single(1 / most) * high), single(most / high)
     values = []
     for row in numbers:
         scaled = (single(x * inverse) for x in row)

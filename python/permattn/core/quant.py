@@ -130,7 +130,7 @@ def quantise(
     """Groups of rows as small numbers: x is about value * scale.
 
     The one definition that every backend meets to the last bit, in float32: `scale = max / high`,
-    `value = round(x * (high / max))`, ties to even, clamped to `high`. A group whose largest
+    `value = round(x * ((1 / max) * high))`, ties to even, clamped to `high`. A group whose largest
     magnitude is below LEAST_MAXIMUM becomes zeros with scale 0.
 
     Args:
@@ -149,7 +149,7 @@ def quantise(
     if not per_column:
         high = high.amax(-1, keepdim=True)
     is_zero = high < LEAST_MAXIMUM
-    inverse = torch.where(is_zero, 0.0, fmt.high / high)
+    inverse = torch.where(is_zero, 0.0, high.reciprocal() * fmt.high)
     scale = torch.where(is_zero, 0.0, high / fmt.high)
     value = grouped * inverse
     if fmt.dtype == torch.int8:
