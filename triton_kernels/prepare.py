@@ -436,7 +436,9 @@ def launch_prepare(rows: Rows) -> Prepared:
     groups = max(1, ROW_TILE // block_rows)
     num_tiles = launch.ceil_div(launch.ceil_div(rows.num_slots, size), groups)
     token, against = rows.token_of_slot, rows.against
-    elements = groups * block_rows * block_d
+    # Many small groups have scales of their own to hold.
+    per_warp = ELEMENTS_PER_WARP if groups == 1 else ELEMENTS_PER_WARP // 2
+    warps = groups * block_rows * block_d // per_warp
     prepare_kernel[(num_tiles * x.shape[0] * rows.num_heads,)](
         *(x, out, made.scale, made.offset, rows.dots, token, rows.mean, rows.factor, against),
         *(transform.weight, transform.bias, transform.cos, transform.sin, row_mean, row_rstd),
@@ -464,7 +466,7 @@ def launch_prepare(rows: Rows) -> Prepared:
         ACROSS_HEADS=transform.across_heads and transform.norm != "none",
         PAIRS=0 if transform.cos is None else transform.cos.shape[1],
         INTERLEAVED=transform.interleaved,
-        num_warps=min(16, max(4, elements // ELEMENTS_PER_WARP)),
+        num_warps=min(16, max(4, warps)),
         # Products must be rounded before they are: fused, ties would fall the other way.
         enable_fp_fusion=False,
     )

@@ -10,6 +10,8 @@ from permattn.triton_kernels.rounding import (
 
 # Unsigned bytes of P, made signed; see prepare.P_OFFSET.
 SIGNED_STEPS = tl.constexpr(12582912.0 - 128.0)
+# Numbers that one product of bytes sums, on every target.
+BYTES_DEEP = tl.constexpr(32)
 
 
 @triton.jit
@@ -76,7 +78,16 @@ def quantised_values(
     o_d = tl.arange(0, BLOCK_DV)
     m_d = m_group & (o_d < DV)
     b_v_scale = tl.load(p_v_scale + i_tile + o_d, mask=m_d, other=0.0)
-    if PV == "int8":
+    if KV_ROWS < BYTES_DEEP and PV != "fp8_bits":
+        # Too few for a product of bytes. These numbers, and sums of products of so few, are exact
+        # in float16 and float32.
+        if PV == "fp8":
+            b_p = (b_p * P_HIGH).to(tl.float8e4nv).to(tl.float32)
+        else:
+            b_p = round_to_integer(b_p * P_HIGH)
+        b_sum = tl.sum(b_p, 1)
+        b_product = tl.dot(b_p.to(tl.float16), tl.trans(b_v.to(tl.float16)))
+    elif PV == "int8":
         # The last byte of the sum is the rounded number less 128, as a signed one.
         b_p = b_p * P_HIGH + SIGNED_STEPS
         b_sum = tl.sum(b_p - SIGNED_STEPS, 1)

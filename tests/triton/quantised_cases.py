@@ -164,6 +164,17 @@ CASES = (
         dim_v=64,
         spec=QuantSpec("int8", "int8", 128, 128),
     ),
+    *(
+        QuantCase(
+            f"groups-of-16-{pv}",
+            drawn(100, 130, heads=2, permuted=True, holes=5, block_q=32, block_kv=32),
+            dim=32,
+            dim_v=24,
+            dtype=BRAIN,
+            spec=QuantSpec(qk, pv, 1, 16, smooth_k=True, balance=True),
+        )
+        for qk, pv in (("int8", "int8"), ("int4", "int4"), ("int8", "fp8"))
+    ),
     QuantCase(
         "groups-of-24-and-48",
         drawn(130, 130, permuted=True, block_q=48, block_kv=24, band=TokenBand(0)),

@@ -34,7 +34,7 @@ MAX_ROWS_PER_SCALE = 128
 # A block of block masses is a tile.
 MAX_MASS_BLOCK = 128
 # Where P is quantised, a group of keys is a tile, which a matrix instruction takes.
-TILE_ROWS = (32, 64, 128)
+TILE_ROWS = (16, 32, 64, 128)
 # Both are settled once, here: a look-up inside why_not would break fullgraph compilation. Triton
 # itself reads the variable when it is imported; under it, kernels run on CPU tensors, for tests.
 _SPEC = importlib.util.find_spec("triton")

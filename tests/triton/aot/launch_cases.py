@@ -250,6 +250,8 @@ def _quantised_cases() -> list[QuantCase]:
         spec = QuantSpec("int8", pv, 64, rows)
         cases.append(QuantCase("gather", spec, "none", BRAIN, 128, SAMPLE))
     cases.append(QuantCase("gather", QuantSpec("int8", "int8", 64, 128), "none", BRAIN, 64, SAMPLE))
+    for dim in (64, 128):
+        cases.append(QuantCase("orders", QuantSpec.named("int4"), "none", BRAIN, dim, SAMPLE))
     spec = QuantSpec("int4", "int4", 16, 64, balance=True)
     cases.append(QuantCase("orders", spec, "across", HALF, 128, SAMPLE))
     cases.append(QuantCase("orders", QuantSpec("int8"), "none", SINGLE, 64, SAMPLE))

@@ -25,7 +25,9 @@ def test_forward_is_what_the_reference_means(case):
     check_case(case)
 
 
-@pytest.mark.parametrize("name", ["int8-fp8", "two-orders-batch", "negative-scale"])
+@pytest.mark.parametrize(
+    "name", ["int8-fp8", "two-orders-batch", "negative-scale", "groups-of-16-fp8"]
+)
 def test_float8_as_hardware_has_it(name, monkeypatch):
     monkeypatch.setattr(launch, "capability_of", lambda device: 89)
     check_case(BY_NAME[name])
@@ -123,7 +125,7 @@ def test_numbers_out_of_range_are_holes_and_skipped_blocks(spec):
     ("spec", "why"),
     [
         (QuantSpec("none", "int8"), "only together with Q and K"),
-        (QuantSpec("int8", "int8", 64, 16), "kv_rows_per_scale of .32, 64, 128., got 16"),
+        (QuantSpec("int8", "int8", 64, 8), "kv_rows_per_scale of .16, 32, 64, 128., got 8"),
         (QuantSpec("int8", "none", 256, 64), "q_rows_per_scale up to 128, got 256"),
     ],
     ids=["pv-alone", "small-groups", "large-groups"],
