@@ -22,7 +22,8 @@ QUANTISED_LIMITS = {
     ("int8", "fp8"): 0.015,
     ("int8", "int8"): 0.005,
     ("int8", "int4"): 0.03,
-    ("int4", "int4"): 0.03,
+    # 0.03 over the 40 heads of tests/bench; more where a few rows of a longer video are sampled.
+    ("int4", "int4"): 0.04,
 }
 
 

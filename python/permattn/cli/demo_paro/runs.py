@@ -15,15 +15,10 @@ from torch import Tensor
 from permattn import apply_paro
 from permattn.cli.demo_paro.latents import decode
 from permattn.core import QuantSpec
+from permattn.core.quant import PRECISIONS
 from permattn.patterns.paro import ParoPlan
 
-QUANTISED = {
-    "int8": QuantSpec(qk="int8", smooth_k=True),
-    "int8+int8": QuantSpec(qk="int8", pv="int8", smooth_k=True),
-    "int8+fp8": QuantSpec(qk="int8", pv="fp8", smooth_k=True),
-    "int8+int4": QuantSpec(qk="int8", pv="int4", smooth_k=True),
-    "int4": QuantSpec(qk="int4", pv="int4", smooth_k=True),
-}
+QUANTISED = {name: QuantSpec.named(name) for name in PRECISIONS}
 
 
 @dataclass(frozen=True)
