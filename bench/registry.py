@@ -415,9 +415,9 @@ def paro_case(head_dim: int, target: float) -> Case:
             Goal("30 % bf16 vs SDPA", "sdpa", "30%", target, own="dense"),
             Goal("20 % bf16 vs SDPA", "sdpa", "20%", own="dense"),
             Goal(
-                "permute and quantise as a share of the attention that follows",
+                "permute and quantise as a share of int8+int8 attention",
                 "prepare",
-                "30%",
+                "30 % int8+int8",
                 0.06,
                 at_most=True,
             ),

@@ -127,10 +127,9 @@ void cpu_prepare(const Tensor& x, std::optional<Tensor> token_of_slot,
 
 // sum, lowest and highest are [B, H, D]; `seen` is bool [1 or B, 1 or H, S].
 void cpu_column_statistics(const Tensor& x, std::vector<Tensor> prologue_tensors,
-                           std::vector<int64_t> prologue_ints,
-                           std::vector<double> prologue_floats, std::optional<Tensor> seen,
-                           const Tensor& sum, const Tensor& lowest, const Tensor& highest,
-                           int64_t isa) {
+                           std::vector<int64_t> prologue_ints, std::vector<double> prologue_floats,
+                           std::optional<Tensor> seen, const Tensor& sum, const Tensor& lowest,
+                           const Tensor& highest, int64_t isa) {
   ColumnParams c{};
   c.source = source_of(x, prologue_tensors, prologue_ints, prologue_floats);
   const PrepareParams& p = c.source;
@@ -156,9 +155,9 @@ void cpu_column_statistics(const Tensor& x, std::vector<Tensor> prologue_tensors
 void read_spec(const std::vector<int64_t>& ints, QuantisedCall& call) {
   constexpr Format kQk[] = {Format::kNone, Format::kInt8, Format::kInt4};
   constexpr Format kPv[] = {Format::kNone, Format::kFp8, Format::kInt8, Format::kInt4};
-  STD_TORCH_CHECK(ints.size() >= kHeaderInts && ints[0] >= 1 && ints[0] <= 2 && ints[1] >= 0 &&
-                      ints[1] <= 3,
-                  "plan: wants a quantised qk");
+  STD_TORCH_CHECK(
+      ints.size() >= kHeaderInts && ints[0] >= 1 && ints[0] <= 2 && ints[1] >= 0 && ints[1] <= 3,
+      "plan: wants a quantised qk");
   call.qk = kQk[ints[0]];
   call.pv = kPv[ints[1]];
   call.q_rows = ints[2];
@@ -170,10 +169,9 @@ void read_spec(const std::vector<int64_t>& ints, QuantisedCall& call) {
 void cpu_forward_quantised(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                            const Tensor& lse, std::vector<Tensor> plan_tensors,
                            std::vector<int64_t> plan_ints, std::vector<Tensor> prologue_tensors,
-                           std::vector<int64_t> prologue_ints,
-                           std::vector<double> prologue_floats, std::optional<Tensor> mean,
-                           std::optional<Tensor> k_factor, std::optional<Tensor> q_factor,
-                           double scale, int64_t isa) {
+                           std::vector<int64_t> prologue_ints, std::vector<double> prologue_floats,
+                           std::optional<Tensor> mean, std::optional<Tensor> k_factor,
+                           std::optional<Tensor> q_factor, double scale, int64_t isa) {
   FwdParams params = forward_params_of(q, k, v, out, lse, scale);
   Problem& problem = params.problem;
   const std::vector<PlanPart> parts = parts_of(plan_tensors, plan_ints, problem);

@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY(permattn_native, m) {
       "Tensor key_range, Tensor? order, Tensor? skip, bool lse_is_given, Tensor(a!) lse, "
       "Tensor(b!) column, Tensor(c!) square, Tensor(d!) diagonal, int isa) -> ()");
   m.def(
-      "cpu_prepare(Tensor x, Tensor? token_of_slot, Tensor[] prologue_tensors, int[] prologue_ints, "
+      "cpu_prepare(Tensor x, Tensor? token_of_slot, Tensor[] prologue_tensors, int[] "
+      "prologue_ints, "
       "float[] prologue_floats, Tensor? mean, Tensor? factor, int format, int rows_per_scale, "
       "bool per_column, Tensor(a!) rows, Tensor(b!) scales, int isa) -> ()");
   m.def(

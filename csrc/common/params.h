@@ -61,11 +61,11 @@ struct QuantisedOperands;  // quant.h
 
 struct FwdParams {
   Problem problem;
-  TensorView q;    // [B, Hq, Sq, D]
-  TensorView k;    // [B, Hkv, Skv, D]
-  TensorView v;    // [B, Hkv, Skv, Dv]
-  TensorView out;  // [B, Hq, Sq, Dv]
-  float* lse;      // [B, Hq, Sq], contiguous, natural log
+  TensorView q;                        // [B, Hq, Sq, D]
+  TensorView k;                        // [B, Hkv, Skv, D]
+  TensorView v;                        // [B, Hkv, Skv, Dv]
+  TensorView out;                      // [B, Hq, Sq, Dv]
+  float* lse;                          // [B, Hq, Sq], contiguous, natural log
   const QuantisedOperands* quantised;  // or null: q, k and v are multiplied as they are
 };
 

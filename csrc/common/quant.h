@@ -20,11 +20,11 @@ constexpr float probability_high_of(Format format) {
 
 // How prepared rows lie in memory. A group is the rows that share a scale.
 enum class Layout : int32_t {
-  kRows = 0,         // [slot][column]
-  kBiasedRows = 1,   // the same, bytes plus 128: for products of unsigned by signed bytes
-  kBfloat16Rows = 2, // the same, FP8 numbers as bfloat16, which holds them exactly
-  kQuads = 3,  // [group][quad of slots][column][4]
-  kTiles = 4,  // [group][64 slots][16 columns][column][64]: tiles of 16 rows of 64 bytes
+  kRows = 0,          // [slot][column]
+  kBiasedRows = 1,    // the same, bytes plus 128: for products of unsigned by signed bytes
+  kBfloat16Rows = 2,  // the same, FP8 numbers as bfloat16, which holds them exactly
+  kQuads = 3,         // [group][quad of slots][column][4]
+  kTiles = 4,         // [group][64 slots][16 columns][column][64]: tiles of 16 rows of 64 bytes
 };
 
 // Norm and rotary embedding of rows; null pointers where there is none.
@@ -58,12 +58,12 @@ struct PrepareParams {
   Layout layout;
   int64_t rows_per_scale;
   bool per_column;
-  int64_t padded_slots;   // rows that are written: zeros past `slots`
-  int64_t row_stride;     // numbers from one row (or column group) to the next
-  int64_t scale_stride;   // scales from one group to the next where there is one per column
-  int64_t head_stride;    // bytes of `rows` from one head to the next
-  void* rows;             // [B, out_heads, ...]
-  float* scales;          // [B, out_heads, groups] or [B, out_heads, groups, scale_stride]
+  int64_t padded_slots;      // rows that are written: zeros past `slots`
+  int64_t row_stride;        // numbers from one row (or column group) to the next
+  int64_t scale_stride;      // scales from one group to the next where there is one per column
+  int64_t head_stride;       // bytes of `rows` from one head to the next
+  void* rows;                // [B, out_heads, ...]
+  float* scales;             // [B, out_heads, groups] or [B, out_heads, groups, scale_stride]
   const float* token_stats;  // [B, S, 2]: mean and inverse deviation of tokens across heads
 };
 

@@ -61,20 +61,19 @@ void run_group(const FwdParams& params, const GroupPlan& group, const std::vecto
                const Kernels& kernels, size_t scratch_bytes, const Pool& pool) {
   const Problem& problem = params.problem;
   const int64_t tiles = group.num_tiles();
-  run_tiles(pool, tile_costs(problem, group), scratch_bytes,
-            [&](int64_t i, std::byte* scratch) {
-              const int64_t head = i / tiles;
-              const int64_t t = tiles - 1 - i % tiles;
-              const FwdTile tile{&params,
-                                 &group.group,
-                                 others.data(),
-                                 static_cast<int32_t>(others.size()),
-                                 head / problem.q_heads,
-                                 head % problem.q_heads,
-                                 group.bounds[t],
-                                 group.bounds[t + 1] - group.bounds[t]};
-              kernels.forward(tile, scratch);
-            });
+  run_tiles(pool, tile_costs(problem, group), scratch_bytes, [&](int64_t i, std::byte* scratch) {
+    const int64_t head = i / tiles;
+    const int64_t t = tiles - 1 - i % tiles;
+    const FwdTile tile{&params,
+                       &group.group,
+                       others.data(),
+                       static_cast<int32_t>(others.size()),
+                       head / problem.q_heads,
+                       head % problem.q_heads,
+                       group.bounds[t],
+                       group.bounds[t + 1] - group.bounds[t]};
+    kernels.forward(tile, scratch);
+  });
 }
 
 // Rows of tokens that the writing group does not hold: other groups' results alone, or nothing.

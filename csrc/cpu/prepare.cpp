@@ -42,8 +42,7 @@ void prepare_with(const PrepareParams& given, const Kernels& kernels, const Pool
     stats = token_statistics(p, kernels, pool);
     p.token_stats = stats.get();
   }
-  const int64_t group =
-      p.format == Format::kNone ? 1 : std::min(p.rows_per_scale, p.padded_slots);
+  const int64_t group = p.format == Format::kNone ? 1 : std::min(p.rows_per_scale, p.padded_slots);
   const int64_t rows = std::max<int64_t>(1, kRowsPerTile / group) * group;
   const int64_t runs = (p.padded_slots + rows - 1) / rows;
   const std::vector<int64_t> costs(p.batch * p.out_heads * runs, rows * kCostPerRow);
@@ -77,8 +76,8 @@ void column_statistics(const ColumnParams& given, Isa isa, const Pool& pool) {
   run_tiles(pool, costs, 4 * kMaxHeadDim * sizeof(float), [&](int64_t i, std::byte* scratch) {
     const int64_t head = i / runs;
     float* own = &found[i * per_run];
-    ColumnTile tile{&c, head / p.heads, head % p.heads, i % runs * kTokens, 0,
-                    own, own + p.dim, own + 2 * p.dim};
+    ColumnTile tile{&c,  head / p.heads, head % p.heads, i % runs * kTokens, 0,
+                    own, own + p.dim,    own + 2 * p.dim};
     tile.size = std::min(kTokens, p.tokens - tile.token);
     kernels.prepare_columns(tile, scratch);
   });

@@ -138,7 +138,7 @@ struct Preparation {
 };
 
 ValueKind kind_of(Format pv) {
-  return pv == Format::kNone ? ValueKind::kPlain
+  return pv == Format::kNone  ? ValueKind::kPlain
          : pv == Format::kFp8 ? ValueKind::kFp8
                               : ValueKind::kInteger;
 }
@@ -168,8 +168,8 @@ void forward_quantised(const FwdParams& given, const QuantisedCall& call, Isa is
     k[i] = before < i ? k[before] : preparation.keys(part.kv_perm);
     v[i] = before < i ? v[before] : preparation.values(part.kv_perm);
   }
-  const QuantisedOperands operands{call.pv, call.q_rows, call.kv_rows,
-                                   q.data(), k.data(),   v.data()};
+  const QuantisedOperands operands{call.pv,  call.q_rows, call.kv_rows,
+                                   q.data(), k.data(),    v.data()};
   FwdParams params = given;
   params.quantised = &operands;
   const auto kind = static_cast<int32_t>(kind_of(call.pv));

@@ -35,8 +35,8 @@ permattn::IntView view(const int32_t* data, const int64_t* shape) {
 }  // namespace
 
 // sizes: B, Hq, Hkv, Sq, Skv, D, Dv; q, k, v, out bf16 and contiguous; plan_tensors, plan_shapes
-// and plan_ints as core.packing.pack_plan makes them (contiguous). Without smoothing. Returns the number of tile
-// products, or -1 when a tile was used wrongly.
+// and plan_ints as core.packing.pack_plan makes them (contiguous). Without smoothing. Returns the
+// number of tile products, or -1 when a tile was used wrongly.
 extern "C" int amx_forward(const void* q, const void* k, const void* v, void* out, float* lse,
                            const int64_t* sizes, float scale, int64_t num_parts,
                            const int32_t* const* plan_tensors, const int64_t* plan_shapes,

@@ -52,7 +52,8 @@ void multiply(int c, int a, int b, const Product& product) {
     for (int n = 0; n < 16; ++n) {
       Number sum;
       std::memcpy(&sum, state.tile[c][m] + 4 * n, 4);
-      for (int k = 0; k < 16; ++k) sum += product(state.tile[a][m] + 4 * k, state.tile[b][k] + 4 * n);
+      for (int k = 0; k < 16; ++k)
+        sum += product(state.tile[a][m] + 4 * k, state.tile[b][k] + 4 * n);
       std::memcpy(state.tile[c][m] + 4 * n, &sum, 4);
     }
   }

@@ -1,5 +1,5 @@
-// AVX-512 with products of bytes (Cascade Lake, Zen 4 and later); all but quantised attention runs on
-// avx512.cpp.
+// AVX-512 with products of bytes (Cascade Lake, Zen 4 and later); all but quantised attention runs
+// on avx512.cpp.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

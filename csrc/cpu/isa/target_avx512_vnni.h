@@ -3,7 +3,8 @@
 // then chosen by the linker for a machine that lacks it.
 #if defined(__clang__)
 #pragma clang attribute push(                                                             \
-    __attribute__((target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
+    __attribute__((                                                                       \
+        target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
     apply_to = function)
 #else
 #pragma GCC push_options

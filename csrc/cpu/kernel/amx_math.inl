@@ -56,12 +56,12 @@ struct TileProduct {
 enum class TileStart { kZeros, kSums, kLanes };
 
 // The products of one instruction, tiles 4-5 (A) by 6-7 (B): its operands must be literals.
-#define PERMATTN_TILE_PRODUCTS(Name, instruction)                 \
-  struct Name {                                                   \
-    PERMATTN_INLINE void upper_left() { instruction(0, 4, 6); }   \
-    PERMATTN_INLINE void upper_right() { instruction(1, 4, 7); }  \
-    PERMATTN_INLINE void lower_left() { instruction(2, 5, 6); }   \
-    PERMATTN_INLINE void lower_right() { instruction(3, 5, 7); }  \
+#define PERMATTN_TILE_PRODUCTS(Name, instruction)                \
+  struct Name {                                                  \
+    PERMATTN_INLINE void upper_left() { instruction(0, 4, 6); }  \
+    PERMATTN_INLINE void upper_right() { instruction(1, 4, 7); } \
+    PERMATTN_INLINE void lower_left() { instruction(2, 5, 6); }  \
+    PERMATTN_INLINE void lower_right() { instruction(3, 5, 7); } \
   }
 PERMATTN_TILE_PRODUCTS(Bf16Tiles, _tile_dpbf16ps);
 PERMATTN_TILE_PRODUCTS(UnsignedSignedTiles, _tile_dpbusd);
@@ -181,7 +181,7 @@ struct AmxMath : Bf16Math<kTile> {
     constexpr int kLanes = Vectors * kWidth;
     tile_gemm<Bf16Tiles, Vectors, TileStart::kZeros>(
         {k, kTile * k_stride, kTile, k_stride, q, s, kLanes, steps / kTile},
-                              (count + kTile - 1) / kTile);
+        (count + kTile - 1) / kTile);
     if (count % 2 != 0) {
       for (int y = 0; y < kLanes; y += kWidth) store(s + count * kLanes + y, splat(-kInfinity));
     }

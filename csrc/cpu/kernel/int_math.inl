@@ -112,9 +112,7 @@ struct PairBytes {
   };
   using Unsigned = Signed;
 
-  PERMATTN_INLINE Unsigned as_unsigned(VecI x) {
-    return {x & 0x00ff00ff, (x >> 8) & 0x00ff00ff};
-  }
+  PERMATTN_INLINE Unsigned as_unsigned(VecI x) { return {x & 0x00ff00ff, (x >> 8) & 0x00ff00ff}; }
   PERMATTN_INLINE Signed as_signed(VecI x) {
     const VecS halves = reinterpret_cast<VecS>(x);
     return {reinterpret_cast<VecI>((halves << 8) >> 8), reinterpret_cast<VecI>(halves >> 8)};

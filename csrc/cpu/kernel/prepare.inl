@@ -197,7 +197,8 @@ void prepare_columns(const ColumnTile& tile, std::byte* scratch) {
     for (int64_t d = 0; d < p.dim; d += kWidth) {
       const VecF x = load(row + d);
       store(sum + d, load(sum + d) + x);
-      // The row second: a NaN stays out of the extremes of others no more than torch's amax lets it.
+      // The row second: a NaN stays out of the extremes of others no more than torch's amax lets
+      // it.
       store(lowest + d, minimum(load(lowest + d), x));
       store(highest + d, maximum(load(highest + d), x));
     }
@@ -269,8 +270,9 @@ struct GroupWriter {
         const auto next = static_cast<uint32_t>(token_of_slot[slot + kAhead]);
         if (next < static_cast<uint64_t>(p.tokens)) reader.prefetch(next);
       }
-      const int64_t token =
-          slot >= p.slots ? -1 : token_of_slot == nullptr ? slot : token_of_slot[slot];
+      const int64_t token = slot >= p.slots            ? -1
+                            : token_of_slot == nullptr ? slot
+                                                       : token_of_slot[slot];
       if (token < 0 || token >= p.tokens) {
         for (int64_t d = 0; d < buf.width; d += kWidth) store(row + d, VecF{});
         continue;
@@ -396,7 +398,8 @@ struct GroupWriter {
             const bool there = d + x < buf.width && i + 4 * q < count;
             const VecI numbers = there ? quad(i + 4 * q, d + x) : VecI{};
             for (int j = 0; j < kWidth; ++j) {
-              __builtin_memcpy(to + (x + j) * kTileRows + q, reinterpret_cast<const float*>(&numbers) + j, 4);
+              __builtin_memcpy(to + (x + j) * kTileRows + q,
+                               reinterpret_cast<const float*>(&numbers) + j, 4);
             }
           }
         }

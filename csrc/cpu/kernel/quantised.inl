@@ -99,8 +99,7 @@ PERMATTN_INLINE void pack_queries(const FwdTile& tile, const QuantSizes<Products
   using Bytes = typename Products::Bytes;
   const FwdParams& p = *tile.params;
   const QuantisedOperands& quantised = *p.quantised;
-  const PreparedRows& queries =
-      quantised.queries[p.problem.parts[tile.group->parts[0]].group];
+  const PreparedRows& queries = quantised.queries[p.problem.parts[tile.group->parts[0]].group];
   // A negative scale is moved into Q, so that the largest score is the largest product.
   const float scale = p.problem.scale;
   const int64_t heads = p.problem.q_heads;
@@ -115,8 +114,8 @@ PERMATTN_INLINE void pack_queries(const FwdTile& tile, const QuantSizes<Products
       if (lane + j >= lanes.count) continue;
       const int64_t slot = lanes.slot[lane + j];
       const int64_t group = slot / quantised.q_rows;
-      row[j] = queries.group(tile.b, tile.h, heads, group) +
-               slot % quantised.q_rows * size.k_stride;
+      row[j] =
+          queries.group(tile.b, tile.h, heads, group) + slot % quantised.q_rows * size.k_stride;
       buf.factor[lane + j] =
           *queries.scale(tile.b, tile.h, heads, group) * (__builtin_fabsf(scale) * kLog2E);
     }
@@ -134,7 +133,8 @@ PERMATTN_INLINE void pack_queries(const FwdTile& tile, const QuantSizes<Products
       const int64_t n = size.steps - d < kWidth ? size.steps - d : kWidth;
       for (int64_t j = 0; j < n; ++j) {
         store(to + (d + j) * width, r[j]);
-        sum = Bytes::add(sum, Bytes::as_unsigned(VecI{} + kOneBytes), Bytes::as_signed(as_int(r[j])));
+        sum =
+            Bytes::add(sum, Bytes::as_unsigned(VecI{} + kOneBytes), Bytes::as_signed(as_int(r[j])));
       }
     }
     store(buf.start + lane, as_float(kExactSumBits - kKeyBias * sum));
@@ -181,8 +181,8 @@ struct RowBlock {
       weight[y] = (most[y] - kExactSum) * factor[y];
       wanted[y] = round_to_integer(weight[y]);
     }
-    raise_reference<Vectors>(wanted, sums.top + lane, sums.sum + lane,
-                             sums.o + lane * sums.o_rows, dim_v);
+    raise_reference<Vectors>(wanted, sums.top + lane, sums.sum + lane, sums.o + lane * sums.o_rows,
+                             dim_v);
     for (int y = 0; y < Vectors; ++y) {
       const VecF reference = maximum(splat(-1e30F), load(sums.top + lane + y * kWidth));
       weight[y] = exp2_accurate(weight[y] - reference) * (1.0F / high);
@@ -195,7 +195,8 @@ template <class Products>
 struct IntegerValues {
   using Bytes = typename Products::Bytes;
 
-  PERMATTN_INLINE void pack(const QuantSizes<Products>&, const QuantBuffers<Products>&, const KeyGroup&) {}
+  PERMATTN_INLINE void pack(const QuantSizes<Products>&, const QuantBuffers<Products>&,
+                            const KeyGroup&) {}
 
   template <int Vectors>
   PERMATTN_INLINE void add(const QuantSizes<Products>& size, const QuantBuffers<Products>& buf,
@@ -218,8 +219,8 @@ struct IntegerValues {
           packed |= to_integer(exp2_accurate(x)) << (8 * j);
         }
         store(buf.s + i * kLanes + y * kWidth, as_float(packed));
-        count[y] = Bytes::add(count[y], Bytes::as_unsigned(packed),
-                              Bytes::as_signed(VecI{} + kOneBytes));
+        count[y] =
+            Bytes::add(count[y], Bytes::as_unsigned(packed), Bytes::as_signed(VecI{} + kOneBytes));
       }
     }
     float* sum = buf.sums.sum + lane;
@@ -227,8 +228,7 @@ struct IntegerValues {
       const VecF total = __builtin_convertvector(count[y], VecF) * block.weight[y];
       store(sum + y * kWidth, load(sum + y * kWidth) + total);
     }
-    const ValueSums<Vectors> sums{buf.sums.o + lane * buf.sums.o_rows, group.v_scale,
-                                  block.weight};
+    const ValueSums<Vectors> sums{buf.sums.o + lane * buf.sums.o_rows, group.v_scale, block.weight};
     Products::template values<Vectors>(group.v, size.columns, buf.s, quads, size.dim_v, buf.o,
                                        sums);
   }
@@ -310,8 +310,7 @@ struct Fp8Values : FloatRows<Products, Math> {
 template <class Products, class Values, int Vectors>
 static __attribute__((noinline)) void attend_group(const QuantSizes<Products>& size,
                                                    const QuantBuffers<Products>& buf,
-                                                   const KeyGroup& group, int lane,
-                                                   Format format) {
+                                                   const KeyGroup& group, int lane, Format format) {
   exact_scores<Products, Vectors>(size, buf, group, lane);
   Values::template add<Vectors>(size, buf, group, lane, format);
 }

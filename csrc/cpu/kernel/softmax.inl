@@ -1,7 +1,7 @@
-// One softmax over all that a tile sees: its sums, the lazy reference maximum, other groups' partial
-// results, and rows back to token order.
-// Source: FlashAttention-2 (online softmax, rescale late); the lazy reference maximum is ours: it
-// moves only when a score passes it by 2^16 and is an integer, so that rescaling is exact.
+// One softmax over all that a tile sees: its sums, the lazy reference maximum, other groups'
+// partial results, and rows back to token order. Source: FlashAttention-2 (online softmax, rescale
+// late); the lazy reference maximum is ours: it moves only when a score passes it by 2^16 and is an
+// integer, so that rescaling is exact.
 
 constexpr float kRescaleAt = 16.0F;
 
