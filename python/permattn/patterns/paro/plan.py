@@ -101,15 +101,14 @@ def vision_tokens(grid: TokenGrid, axis_orders: Tensor, native_cells: Tensor | N
     """int32 [H, N]: the token of every place of every head's order; see `plan_paro`."""
     device = axis_orders.device
     sizes = (grid.frames, grid.height, grid.width)
-    token_of_rank = grid.token_of_rank().to(device=device, dtype=torch.int32)
     native = axis_orders == NATIVE_ORDER
     rank = cells_in_order(sizes, torch.where(native, 0, axis_orders))
     if native_cells is not None:
-        rank_of_cell = torch.empty_like(token_of_rank)
         ranks = torch.arange(grid.num_tokens, dtype=torch.int32, device=device)
+        rank_of_cell = torch.empty_like(ranks)
         rank_of_cell[native_cells.to(device).long()] = ranks
         rank = torch.where(native[:, None], ranks, rank_of_cell[rank.long()])
-    return token_of_rank[rank.long()]
+    return rank + grid.start
 
 
 def _check(
