@@ -31,6 +31,13 @@ def test_other_arguments_are_refused_by_name(tmp_path):
         State(tmp_path, {**ARGUMENTS, "budget": {"density": 0.2}})
 
 
+def test_a_folder_of_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(StateError, match="holds files that no search left"):
+        State(tmp_path, ARGUMENTS)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_a_half_written_value_counts_as_missing(tmp_path):
     state = State(tmp_path, ARGUMENTS)
     state.put("a", [1, 2, 3])

@@ -37,6 +37,10 @@ class State:
             path = folder / _ARGUMENTS
             if path.exists():
                 _compare(folder, json.loads(path.read_text("utf-8")), arguments)
+            elif any(folder.iterdir()):
+                raise StateError(
+                    f"state {folder}: holds files that no search left; name an empty or a new folder"
+                )
             else:
                 _write(path, arguments)
         except OSError as e:
