@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+# What the command line keeps here before a search begins.
+_VIDEOS = "made*.mp4*"
 _ARGUMENTS = "arguments.json"
 
 
@@ -37,7 +39,7 @@ class State:
             path = folder / _ARGUMENTS
             if path.exists():
                 _compare(folder, json.loads(path.read_text("utf-8")), arguments)
-            elif any(folder.iterdir()):
+            elif any(not x.match(_VIDEOS) for x in folder.iterdir()):
                 raise StateError(
                     f"state {folder}: holds files that no search left; name an empty or a new folder"
                 )
