@@ -41,7 +41,7 @@ class State:
                 _compare(folder, json.loads(path.read_text("utf-8")), arguments)
             elif any(not x.match(_VIDEOS) for x in folder.iterdir()):
                 raise StateError(
-                    f"state {folder}: holds files that no search left; name an empty or a new folder"
+                    f"state {folder}: holds files that no search left; name a new folder"
                 )
             else:
                 _write(path, arguments)
