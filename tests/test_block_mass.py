@@ -232,3 +232,27 @@ def test_a_backend_without_a_kernel_says_so():
     for name in missing:
         with pytest.raises(NotImplementedError, match=name):
             block_mass(**CASES[0].inputs(), backend=name)
+
+
+@pytest.mark.parametrize(("sq", "skv"), [(0, 8), (8, 0), (0, 0)], ids=str)
+def test_without_rows_or_keys_every_slot_is_a_hole(sq, skv):
+    """Slots there are, tokens there are none."""
+    q, k = torch.randn(1, 2, sq, 16), torch.randn(1, 2, skv, 16)
+
+    def slots(tokens: int) -> torch.Tensor:
+        kept = torch.arange(32, dtype=torch.int32)
+        return torch.where(kept < tokens, kept, -1)[None, None]
+
+    found = block_mass(
+        *(q, k),
+        token_of_q_slot=slots(sq),
+        token_of_kv_slot=slots(skv),
+        q_blocks=torch.tensor([0, 1], dtype=torch.int32),
+        block=(16, 16),
+        lse=torch.zeros(1, 2, sq),
+        eps=0.1,
+        backend="reference",
+    )
+    assert found.maxima is not None and found.small is not None
+    for x in (found.sums, found.maxima, found.small):
+        assert x.shape == (1, 2, 2, 2) and (x == 0).all()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from permattn.backends import resolve
+from permattn.backends import AUTO_ORDER, resolve
 from permattn.core.packing import pack_plan
 from permattn.core.plan import AttnPlan
 from permattn.core.problem import Problem
@@ -180,6 +180,12 @@ def permute_tokens(x: Tensor, token_of_slot: Tensor) -> Tensor:
     token = token_of_slot.expand(x.shape[0], x.shape[1], -1)
     row = token.clamp_min(0).long()[..., None].expand(*token.shape, x.shape[3])
     return torch.where((token >= 0)[..., None], x.gather(2, row), 0)
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError unless it is "auto" or the name of a backend; what it can do is open."""
+    if backend not in ("auto", *AUTO_ORDER):
+        raise ValueError(f"backend: wants one of {['auto', *AUTO_ORDER]}, got {backend!r}")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

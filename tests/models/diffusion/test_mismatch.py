@@ -135,6 +135,7 @@ def test_other_weights_warn(own_case):
         ({"dense_first_steps": 0.3}, TypeError, "dense_first_steps: wants an integer, got 0.3"),
         ({"on_mismatch": "warn"}, ValueError, "on_mismatch: wants 'raise' or 'dense'"),
         ({"match_steps": 1}, TypeError, "match_steps: wants True or False, got 1"),
+        ({"backend": "cuda9"}, ValueError, "backend: wants one of .* got 'cuda9'"),
         ({"quant": 8}, TypeError, "quant: wants a QuantSpec, a name or None, got int"),
         ({"quant": "int2"}, ValueError, "quant: wants 'none' or one of"),
         ({"quant": "int8"}, ValueError, "must divide the plan's blocks of 16, got 64"),

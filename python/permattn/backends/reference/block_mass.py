@@ -21,6 +21,11 @@ def block_mass(args: BlockMassArgs) -> Blocks:
     found = empty_blocks(q, args.q_blocks.shape[0], args.num_kv_blocks, args.eps)
     if not found[0].numel():
         return found
+    if q.shape[2] == 0 or k.shape[2] == 0:
+        # Every slot is a hole.
+        for x in found:
+            x.zero_()
+        return found
     slot = args.q_blocks[:, None] * args.block_q + _arange(args.block_q, q)
     group = heads // k.shape[1]
     for b in range(batch):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from permattn.api import check_backend
 from permattn.core import QuantSpec
 from permattn.models.diffusion.applied import Applied, ApplyOptions, OnMismatch
 from permattn.models.diffusion.facts import ModelFacts, describe
@@ -63,6 +64,7 @@ def apply_paro(
         quant = QuantSpec.named(quant or "none")
     layers = tuple(dense_layers)
     _check_options(quant, dense_first_steps, match_steps, on_mismatch)
+    check_backend(backend)
     facts = {name: describe(pipe_or_transformer, component=name) for name in plans}
     for name, one in plans.items():
         quant.check_blocks(*one.block)
