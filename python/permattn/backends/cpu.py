@@ -18,7 +18,7 @@ from permattn.core.permutation import Permutation
 from permattn.core.plan import AttnPlan
 from permattn.core.prepare import PrepareArgs, Prepared, Smoothing, empty_prepared
 from permattn.core.probe import Masses, ProbeArgs, ProbeProblem, empty_masses
-from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out
+from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out, why_not_quantised
 from permattn.core.prologue import Prologue, RowTransform, pack_prologue
 from permattn.core.quant import LEAST_MAXIMUM, QuantSpec, say_once
 
@@ -94,17 +94,13 @@ def why_not(problem: Problem) -> str | None:
         return f"takes float32, bfloat16 and float16, got {problem.dtype}"
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         return f"takes head dims to {MAX_HEAD_DIM}, got {problem.head_dim}, {problem.head_dim_v}"
-    return _why_not_quantised(problem) or _why_unusable()
+    return why_not_quantised(problem) or _why_not_these_scales(problem) or _why_unusable()
 
 
-def _why_not_quantised(problem: Problem) -> str | None:
+def _why_not_these_scales(problem: Problem) -> str | None:
     quant = problem.quant
     if not quant.is_quantised:
         return None
-    if problem.needs_grad:
-        return "quantised attention has no gradients"
-    if quant.qk == "none":
-        return f"quantises P and V only together with Q and K, got qk='none', pv={quant.pv!r}"
     if quant.kv_rows_per_scale > MAX_KEYS_PER_SCALE:
         return (
             f"takes at most {MAX_KEYS_PER_SCALE} keys per scale, "

@@ -17,7 +17,7 @@ from permattn.core.permutation import Permutation
 from permattn.core.plan import AttnPlan
 from permattn.core.prepare import PrepareArgs, Prepared, smoothing_of
 from permattn.core.probe import Masses, ProbeArgs, ProbeProblem
-from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out
+from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out, why_not_quantised
 from permattn.core.prologue import Prologue, RowTransform
 from permattn.core.quant import say_once
 
@@ -50,17 +50,14 @@ def why_not(problem: Problem) -> str | None:
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         dims = f"D = {problem.head_dim}, Dv = {problem.head_dim_v}"
         return f"head dims go up to {MAX_HEAD_DIM}, got {dims}"
-    return _why_not_quantised(problem) or _why_not_this_device(problem.device_type)
+    why = why_not_quantised(problem) or _why_not_these_scales(problem)
+    return why or _why_not_this_device(problem.device_type)
 
 
-def _why_not_quantised(problem: Problem) -> str | None:
+def _why_not_these_scales(problem: Problem) -> str | None:
     quant = problem.quant
     if not quant.is_quantised:
         return None
-    if problem.needs_grad:
-        return "quantised attention has no gradients"
-    if quant.qk == "none":
-        return "quantises P and V only together with Q and K"
     for name in ("q_rows_per_scale", "kv_rows_per_scale"):
         rows = getattr(quant, name)
         if rows > MAX_ROWS_PER_SCALE:

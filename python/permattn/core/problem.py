@@ -45,6 +45,17 @@ class Problem:
         )
 
 
+def why_not_quantised(problem: Problem) -> str | None:
+    """What no kernel offers of a quantised problem; None where nothing is quantised."""
+    if not problem.quant.is_quantised:
+        return None
+    if problem.needs_grad:
+        return "quantised attention has no gradients"
+    if problem.quant.qk == "none":
+        return f"quantises P and V only together with Q and K, got pv = {problem.quant.pv!r} alone"
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class FwdArgs:
     """q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv], any strides, last one 1.
