@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "triton"))
 cases = importlib.import_module("probe_cases")
 
 NAMES = cases.NAMES
-native = pytest.mark.skipif(not cpu.available_isas(), reason=f"{cpu._load()}")
+native = pytest.mark.skipif(not cpu.available_isas(), reason=f"{cpu.load()}")
 ON_CPU = [pytest.param("reference"), pytest.param("cpu", marks=native)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # An instruction set with bf16 products has kernels of its own for bf16 alone.
@@ -243,7 +243,7 @@ def test_bad_arguments_are_named(name):
     ids=["triton-on-cpu", "float64", "129-rows", "wide-heads"],
 )
 def test_a_named_backend_never_falls_back(edit, backend, words):
-    if backend == "triton" and BACKENDS["triton"].why_not_probe.__globals__["_INTERPRETED"]:
+    if backend == "triton" and BACKENDS["triton"].INTERPRETED:
         pytest.skip("the interpreter takes cpu tensors")
     found = replace(cases.Case("named", 150, 16), **edit).inputs()
     with pytest.raises(NotImplementedError, match=words):

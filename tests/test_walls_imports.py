@@ -20,24 +20,26 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "backends": frozenset({"core", "triton_kernels"}),
     "ops": frozenset({"core", "backends"}),
     "probe": frozenset({"core", "backends"}),
-    "patterns": frozenset({"core", "ops", "probe"}),
+    "patterns": frozenset({"core", "ops", "probe", "bilevel"}),
     "api": frozenset({"core", "ops", "backends"}),
-    "models": frozenset({"core", "patterns", "api", "paro_file"}),
+    "models": frozenset({"core", "patterns", "api", "paro_file", "bilevel"}),
     "calibrate": frozenset(
         {"core", "probe", "block_mass", "patterns", "api", "models", "paro_file"}
     ),
     "cli": frozenset(
         {
             *("core", "ops", "backends", "probe", "block_mass", "patterns", "api", "models"),
-            *("calibrate", "paro_file", "paro"),
+            *("calibrate", "paro_file", "paro", "bilevel"),
         }
     ),
     "plan_file": frozenset({"core"}),
     "block_mass": frozenset({"core", "backends"}),
+    "region_ops": frozenset({"core", "backends"}),
+    "bilevel": frozenset({"core", "backends", "region_ops"}),
     "paro_file": frozenset({"core", "patterns", "plan_file"}),
     # A front door of its own: names of other rooms, loaded on first use.
     "paro": frozenset({"core", "patterns", "models", "calibrate", "paro_file"}),
-    "testing": frozenset({"core", "ops", "backends", "api"}),
+    "testing": frozenset({"core", "ops", "backends", "api", "bilevel", "region_ops"}),
 }
 # Room -> what it may import from outside the standard library; rooms not named here are free.
 THIRD_PARTY: dict[str, frozenset[str]] = {
@@ -50,6 +52,8 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "plan_file": frozenset({"torch", "safetensors"}),
     "paro_file": frozenset({"torch"}),
     "block_mass": frozenset({"torch"}),
+    "region_ops": frozenset({"torch"}),
+    "bilevel": frozenset({"torch"}),
 }
 # Modules below these do not see each other: a backend is one file, a system one file or folder.
 NO_SIDEWAYS = ("permattn.backends.", "permattn.patterns.", "permattn.models.families.")

@@ -13,7 +13,7 @@ from permattn.core import AttnPart, AttnPlan, BlockIndex, Permutation
 from permattn.core.problem import FwdArgs, Problem
 from permattn.patterns.dense import plan_dense
 
-pytestmark = pytest.mark.skipif(not cpu.available_isas(), reason=f"{cpu._load()}")
+pytestmark = pytest.mark.skipif(not cpu.available_isas(), reason=f"{cpu.load()}")
 
 ISAS = cpu.available_isas()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,7 +9,7 @@ from permattn.backends import cpu
 from permattn.core.problem import BwdArgs, FwdArgs
 from permattn.patterns.dense import plan_dense
 
-pytestmark = pytest.mark.skipif(not cpu.available_isas(), reason=f"{cpu._load()}")
+pytestmark = pytest.mark.skipif(not cpu.available_isas(), reason=f"{cpu.load()}")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The backward multiplies in float32 on every instruction set: those with bf16 products add nothing.

@@ -10,7 +10,7 @@ from permattn.core.problem import FwdArgs
 from permattn.core.prologue import Prologue, RowTransform
 from permattn.patterns.dense import plan_dense
 
-pytestmark = pytest.mark.skipif(not cpu.available_isas(), reason=f"{cpu._load()}")
+pytestmark = pytest.mark.skipif(not cpu.available_isas(), reason=f"{cpu.load()}")
 
 # Rows are prepared in float32: an instruction set with integer or bf16 products has nothing new.
 ISAS = tuple(x for x in cpu.available_isas() if x in ("portable", "avx2", "avx512"))

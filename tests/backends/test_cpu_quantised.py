@@ -16,7 +16,7 @@ from permattn.core.quant import FORMATS
 from permattn.patterns.dense import plan_dense
 
 pytestmark = [
-    pytest.mark.skipif(not cpu.available_isas(), reason=f"{cpu._load()}"),
+    pytest.mark.skipif(not cpu.available_isas(), reason=f"{cpu.load()}"),
     pytest.mark.filterwarnings("ignore:.*on this CPU.*:UserWarning"),
 ]
 

@@ -1,8 +1,9 @@
 """Backends compete: each says why it cannot run a problem; a named one never falls back.
 
 A backend is a module in this folder with `NAME`, `why_not`, `forward`, `backward`, `prepare`,
-`why_not_probe` and `probe`; one that can also measure block masses has `why_not_block_mass` and
-`block_mass`. Modules import nothing heavy at the top: kernels are imported inside functions.
+`why_not_probe` and `probe`. What a backend may offer beside has a protocol of its own: block
+masses, attention from region to region. Modules import nothing heavy at the top: kernels are
+imported inside functions.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ from permattn.core.block_mass import BlockMassArgs, BlockMassProblem, Blocks
 from permattn.core.prepare import PrepareArgs, Prepared
 from permattn.core.probe import Masses, ProbeArgs, ProbeProblem
 from permattn.core.problem import BwdArgs, FwdArgs, Problem
+from permattn.core.regions import (
+    RegionArgs,
+    RegionBwdArgs,
+    RegionGradients,
+    RegionProblem,
+    RouteArgs,
+    RouteProblem,
+)
 
 
 class Backend(Protocol):
@@ -52,7 +61,26 @@ class BlockMassBackend(Protocol):
         """sums, maxima and small of `core.block_mass.BlockMass`; nothing of size Sq x Skv."""
 
 
-AnyProblem = Problem | ProbeProblem | BlockMassProblem
+class RegionBackend(Protocol):
+    """What a module of this folder may offer beside: attention from region to region, routing."""
+
+    def why_not_regions(self, problem: RegionProblem) -> str | None:
+        """As `Backend.why_not`, of attention from region to region."""
+
+    def attend_regions(self, args: RegionArgs) -> tuple[Tensor, Tensor]:
+        """out as `core.regions.empty_region_out` lays it out, and lse [B, M, T, H, W]."""
+
+    def attend_regions_backward(self, args: RegionBwdArgs) -> RegionGradients:
+        """dq, dk, dv and dweights; regions that nobody looks at get zeros."""
+
+    def why_not_route(self, problem: RouteProblem) -> str | None:
+        """As `Backend.why_not`, of a routing."""
+
+    def route(self, args: RouteArgs) -> tuple[Tensor, Tensor]:
+        """graph int32 [B, Rq, topk] and its affinities float32 (float64) [B, Rq, topk]."""
+
+
+AnyProblem = Problem | ProbeProblem | BlockMassProblem | RegionProblem | RouteProblem
 
 BACKENDS: dict[str, Backend] = {m.NAME: m for m in (triton, cpu, reference)}
 AUTO_ORDER: tuple[str, ...] = ("triton", "cpu", "reference")
@@ -70,7 +98,18 @@ def _why_not(name: str, problem: AnyProblem) -> str | None:
         if not hasattr(BACKENDS[name], "why_not_block_mass"):
             return "does not measure block masses"
         return measures_blocks(name).why_not_block_mass(problem)
+    if isinstance(problem, RegionProblem | RouteProblem):
+        if not hasattr(BACKENDS[name], "why_not_regions"):
+            return "does not attend from region to region"
+        if isinstance(problem, RouteProblem):
+            return attends_regions(name).why_not_route(problem)
+        return attends_regions(name).why_not_regions(problem)
     return BACKENDS[name].why_not(problem)
+
+
+def attends_regions(name: str) -> RegionBackend:
+    """A backend that `resolve` named for a `RegionProblem` or a `RouteProblem`."""
+    return cast(RegionBackend, BACKENDS[name])
 
 
 def measures_blocks(name: str) -> BlockMassBackend:

@@ -11,6 +11,13 @@ from permattn.backends.reference.plain import backward, forward_plain
 from permattn.backends.reference.prepare import prepare
 from permattn.backends.reference.probing import probe
 from permattn.backends.reference.quantised import forward_quantised
+from permattn.backends.reference.regions import (
+    attend_regions,
+    attend_regions_backward,
+    route,
+    why_not_regions,
+    why_not_route,
+)
 from permattn.backends.reference.tiles import token_is_visible
 from permattn.core.block_mass import BlockMassProblem
 from permattn.core.probe import ProbeProblem
@@ -18,15 +25,20 @@ from permattn.core.problem import FwdArgs, Problem
 
 __all__ = [
     "NAME",
+    "attend_regions",
+    "attend_regions_backward",
     "backward",
     "block_mass",
     "forward",
     "prepare",
     "probe",
+    "route",
     "token_is_visible",
     "why_not",
     "why_not_block_mass",
     "why_not_probe",
+    "why_not_regions",
+    "why_not_route",
 ]
 
 NAME = "reference"

@@ -1,18 +1,13 @@
-"""Native C++ kernels: AMX, AVX-512, AVX2 or portable vectors, chosen at run time.
-
-The shared library is loaded on the first question, never by an import.
-"""
+"""Attention, row preparation and probes by the native kernels."""
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from permattn.backends.cpu.library import DTYPES, isa_number, load, why_unusable
 from permattn.core.packing import pack_plan
 from permattn.core.permutation import Permutation
 from permattn.core.plan import AttnPlan
@@ -22,79 +17,23 @@ from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out, why_not_
 from permattn.core.prologue import Prologue, RowTransform, pack_prologue
 from permattn.core.quant import LEAST_MAXIMUM, QuantSpec, say_once
 
-NAME = "cpu"
 MAX_HEAD_DIM = 256
 # csrc/cpu/kernels.h: kTileLanes.
 MAX_PROBE_ROWS = 128
 # csrc/cpu/cpu.h: kMaxKeysPerScale.
 MAX_KEYS_PER_SCALE = 256
-# The numbers of csrc/common/dispatch.h.
-ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16")
 # The numbers of csrc/common/quant.h.
 _FORMATS = ("none", "int8", "int4", "fp8")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PACKAGE = Path(__file__).resolve().parents[1]
-
-
-@functools.cache
-def _load() -> str | None:
-    """Loads the library once; None, or one line saying why it cannot be used."""
-    library = _PACKAGE / "_native.so"
-    if not library.exists():
-        report = _PACKAGE / "_native_build.json"
-        if report.exists():
-            reason = json.loads(report.read_text()).get("reason", "unknown reason")
-            return f"native library was not built: {reason}"
-        return "native library was not built: install permattn to build it"
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as e:
-        return f"native library does not load: {e}"
-    return None
-
-
-def _why_unusable() -> str | None:
-    """`_load` as torch.compile may ask it: a fact about this process, not something to trace."""
-    return _load()
-
-
-# The mark that torch.compiler.assume_constant_result sets, without its import of torch._dynamo,
-# which takes a second and imports triton.
-_why_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def isa() -> str:
-    """The instruction set that kernels use on this machine.
-
-    Raises:
-        RuntimeError: there is no native library; says why.
-    """
-    return ISAS[_best_isa()]
-
-
-def available_isas() -> tuple[str, ...]:
-    """Every instruction set that runs here, slowest first; empty without a native library."""
-    if _load() is not None:
-        return ()
-    return ISAS[: _best_isa() + 1]
-
-
-@functools.cache
-def _best_isa() -> int:
-    reason = _load()
-    if reason is not None:
-        raise RuntimeError(reason)
-    return torch.ops.permattn_native.cpu_best_isa()
 
 
 def why_not(problem: Problem) -> str | None:
     if problem.device_type != "cpu":
         return f"runs on cpu tensors, got {problem.device_type}"
-    if problem.dtype not in _DTYPES:
+    if problem.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {problem.dtype}"
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         return f"takes head dims to {MAX_HEAD_DIM}, got {problem.head_dim}, {problem.head_dim_v}"
-    return why_not_quantised(problem) or _why_not_these_scales(problem) or _why_unusable()
+    return why_not_quantised(problem) or _why_not_these_scales(problem) or why_unusable()
 
 
 def _why_not_these_scales(problem: Problem) -> str | None:
@@ -112,18 +51,18 @@ def _why_not_these_scales(problem: Problem) -> str | None:
 def why_not_probe(problem: ProbeProblem) -> str | None:
     if problem.device_type != "cpu":
         return f"runs on cpu tensors, got {problem.device_type}"
-    if problem.dtype not in _DTYPES:
+    if problem.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {problem.dtype}"
     if problem.head_dim > MAX_HEAD_DIM:
         return f"takes head dims to {MAX_HEAD_DIM}, got {problem.head_dim}"
     if problem.num_rows > MAX_PROBE_ROWS:
         return f"probes with at most {MAX_PROBE_ROWS} rows, got {problem.num_rows}"
-    return _why_unusable()
+    return why_unusable()
 
 
 def probe(args: ProbeArgs, *, isa: str | None = None) -> Masses:
     """See `Backend.probe`. Deterministic, whatever the number of threads."""
-    _load()
+    load()
     lse, column, square, diagonal = empty_masses(args.q, args.num_coordinates)
     if args.lse is not None:
         lse.copy_(args.lse)
@@ -131,7 +70,7 @@ def probe(args: ProbeArgs, *, isa: str | None = None) -> Masses:
     torch.ops.permattn_native.cpu_probe.default(
         *(_rows(args.q), args.k, args.first_position.contiguous()),
         *(args.first_coordinate.contiguous(), args.key_range.contiguous(), order, skip),
-        *(args.lse is not None, lse, column, square, diagonal.zero_(), _isa_number(isa)),
+        *(args.lse is not None, lse, column, square, diagonal.zero_(), isa_number(isa)),
     )
     return lse, column, square, diagonal
 
@@ -141,7 +80,7 @@ def forward(args: FwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor]:
 
     Deterministic, whatever the number of threads.
     """
-    _load()
+    load()
     q, k, v = args.q, args.k, args.v
     out = empty_out(q, v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -151,7 +90,7 @@ def forward(args: FwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor]:
         s = smoothing_of(args, isa=isa)
         torch.ops.permattn_native.cpu_forward_quantised.default(
             *(q, k, v, out, lse, tensors, ints, *_packed(args.prologue)),
-            *(s.mean, s.k_factor, s.q_factor, args.scale, _isa_number(isa)),
+            *(s.mean, s.k_factor, s.q_factor, args.scale, isa_number(isa)),
         )
         return out, lse
     if args.prologue is not None:
@@ -160,20 +99,20 @@ def forward(args: FwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor]:
             for x, t in ((q, args.prologue.q), (k, args.prologue.k))
         )
     op = torch.ops.permattn_native.cpu_forward.default
-    op(q, k, v, out, lse, tensors, ints, args.scale, _isa_number(isa))
+    op(q, k, v, out, lse, tensors, ints, args.scale, isa_number(isa))
     return out, lse
 
 
 def prepare(args: PrepareArgs, *, isa: str | None = None) -> Prepared:
     """See `Backend.prepare`. One reading and one writing of memory."""
-    _load()
+    load()
     rows, scales = empty_prepared(args)
     token = None if args.token_of_slot is None else _rows(args.token_of_slot)
     mean, factor = (None if x is None else x.contiguous() for x in (args.mean, args.factor))
     torch.ops.permattn_native.cpu_prepare.default(
         *(args.x, token, *_packed(Prologue(args.transform)), mean, factor),
         *(_FORMATS.index(args.fmt), args.rows_per_scale, args.per_column),
-        *(rows, scales, _isa_number(isa)),
+        *(rows, scales, isa_number(isa)),
     )
     return rows, scales
 
@@ -183,7 +122,7 @@ def smoothing_of(args: FwdArgs, *, isa: str | None = None) -> Smoothing:
     quant, parts = args.plan.quant, args.plan.parts
     if not (quant.smooth_k or quant.balance):
         return Smoothing()
-    _load()
+    load()
     prologue = args.prologue or Prologue()
     batch, heads, dim = args.q.shape[0], args.k.shape[1], args.q.shape[3]
     total, low, high, count = _columns(args.k, [p.kv_perm for p in parts], prologue.k, isa)
@@ -210,7 +149,7 @@ def _columns(
     shape = (x.shape[0], x.shape[1], x.shape[3])
     total, low, high = (x.new_empty(shape, dtype=torch.float32) for _ in range(3))
     torch.ops.permattn_native.cpu_column_statistics.default(
-        *(x, *_packed(Prologue(transform)), seen, total, low, high, _isa_number(isa))
+        *(x, *_packed(Prologue(transform)), seen, total, low, high, isa_number(isa))
     )
     tokens = total.new_tensor(x.shape[2]) if seen is None else seen.sum(-1, keepdim=True)
     return total, low, high, tokens.clamp_min(1)
@@ -246,7 +185,7 @@ def _say_what_is_emulated(quant: QuantSpec) -> None:
 
 def backward(args: BwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.backward`. Deterministic: every sum has one order. Products are in float32."""
-    _load()
+    load()
     q, k, v = args.q, args.k, args.v
     tensors, ints = _plan(args.plan)
     transposed = []
@@ -258,7 +197,7 @@ def backward(args: BwdArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor, 
     op(
         *(q, k, v, _rows(args.out), args.lse.contiguous(), _rows(args.dout)),
         *(args.dlse.contiguous(), dq, dk, dv),
-        *(tensors, [_rows(x) for x in transposed], ints, args.scale, _isa_number(isa)),
+        *(tensors, [_rows(x) for x in transposed], ints, args.scale, isa_number(isa)),
     )
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
@@ -271,7 +210,3 @@ def _plan(plan: AttnPlan) -> tuple[list[Tensor], list[int]]:
 def _rows(x: Tensor) -> Tensor:
     """x with a last stride of 1."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def _isa_number(isa: str | None) -> int:
-    return -1 if isa is None else ISAS.index(isa)

@@ -1,17 +1,19 @@
-"""Triton kernels on CUDA devices: forward, also over INT8 and FP8, and deterministic gradients."""
+"""Attention over plans: forward, also over INT8 and FP8, and deterministic gradients; probes."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib.util
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from permattn.backends.triton.device import (
+    on_device_of,
+    why_no_kernels,
+    why_not_this_device,
+)
 from permattn.core.block_mass import BlockMassArgs, BlockMassProblem, Blocks, empty_blocks
 from permattn.core.permutation import Permutation
 from permattn.core.plan import AttnPlan
@@ -26,32 +28,24 @@ if TYPE_CHECKING:
     from permattn.triton_kernels.launch_forward import Small
     from permattn.triton_kernels.prepare import Rows, Transform
 
-NAME = "triton"
 MAX_HEAD_DIM = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A group's rows stay in registers while it is quantised.
 MAX_ROWS_PER_SCALE = 128
 # A block of block masses is a tile.
 MAX_MASS_BLOCK = 128
 # Where P is quantised, a group of keys is a tile, which a matrix instruction takes.
 TILE_ROWS = (16, 32, 64, 128)
-# Both are settled once, here: a look-up inside why_not would break fullgraph compilation. Triton
-# itself reads the variable when it is imported; under it, kernels run on CPU tensors, for tests.
-_SPEC = importlib.util.find_spec("triton")
-# A folder of that name on the path, without code, has no origin.
-_INSTALLED = _SPEC is not None and _SPEC.origin is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def why_not(problem: Problem) -> str | None:
-    why = _why_no_kernels(problem.device_type, problem.dtype)
+    why = why_no_kernels(problem.device_type, problem.dtype)
     if why is not None:
         return why
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         dims = f"D = {problem.head_dim}, Dv = {problem.head_dim_v}"
         return f"head dims go up to {MAX_HEAD_DIM}, got {dims}"
     why = why_not_quantised(problem) or _why_not_these_scales(problem)
-    return why or _why_not_this_device(problem.device_type)
+    return why or why_not_this_device(problem.device_type)
 
 
 def _why_not_these_scales(problem: Problem) -> str | None:
@@ -68,35 +62,17 @@ def _why_not_these_scales(problem: Problem) -> str | None:
     return None
 
 
-def _why_no_kernels(device_type: str, dtype: torch.dtype) -> str | None:
-    if not _INSTALLED:
-        return "triton is not installed (pip install 'permattn[triton]')"
-    if device_type != "cuda" and not (_INTERPRETED and device_type == "cpu"):
-        return f"needs a CUDA device, got {device_type}"
-    if dtype not in DTYPES:
-        return f"computes in bfloat16, float16 or float32, got {dtype}"
-    return None
-
-
-def _why_not_this_device(device_type: str) -> str | None:
-    if device_type == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        if major < 8:
-            return f"needs compute capability 8.0 or newer, got {major}.{minor}"
-    return None
-
-
 def why_not_probe(problem: ProbeProblem) -> str | None:
-    why = _why_no_kernels(problem.device_type, problem.dtype)
+    why = why_no_kernels(problem.device_type, problem.dtype)
     if why is not None:
         return why
     if problem.head_dim > MAX_HEAD_DIM:
         return f"head dims go up to {MAX_HEAD_DIM}, got D = {problem.head_dim}"
-    return _why_not_this_device(problem.device_type)
+    return why_not_this_device(problem.device_type)
 
 
 def probe(args: ProbeArgs) -> Masses:
-    with _on_device_of(args.q):
+    with on_device_of(args.q):
         return probe_kernels(args)
 
 
@@ -127,18 +103,18 @@ def probe_kernels(args: ProbeArgs) -> Masses:
 
 
 def why_not_block_mass(problem: BlockMassProblem) -> str | None:
-    why = _why_no_kernels(problem.device_type, problem.dtype)
+    why = why_no_kernels(problem.device_type, problem.dtype)
     if why is not None:
         return why
     if problem.head_dim > MAX_HEAD_DIM:
         return f"head dims go up to {MAX_HEAD_DIM}, got D = {problem.head_dim}"
     if max(problem.block_q, problem.block_kv) > MAX_MASS_BLOCK:
         return f"takes blocks up to {MAX_MASS_BLOCK}, got {problem.block_q} x {problem.block_kv}"
-    return _why_not_this_device(problem.device_type)
+    return why_not_this_device(problem.device_type)
 
 
 def block_mass(args: BlockMassArgs) -> Blocks:
-    with _on_device_of(args.q):
+    with on_device_of(args.q):
         return block_mass_kernels(args)
 
 
@@ -161,20 +137,20 @@ def block_mass_kernels(args: BlockMassArgs) -> Blocks:
 def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:
     out = empty_out(args.q, args.v)
     lse = torch.empty(args.q.shape[:3], dtype=torch.float32, device=args.q.device)
-    with _on_device_of(args.q):
+    with on_device_of(args.q):
         forward_kernels(args, out, lse)
     return out, lse
 
 
 def backward(args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:
-    with _on_device_of(args.q):
+    with on_device_of(args.q):
         return backward_kernels(args)
 
 
 def prepare(args: PrepareArgs) -> Prepared:
     from permattn.triton_kernels.prepare import launch_prepare
 
-    with _on_device_of(args.x):
+    with on_device_of(args.x):
         made = launch_prepare(_rows(args))
     scale = made.scale
     return made.rows, args.x.new_empty(0, dtype=torch.float32) if scale is None else scale
@@ -325,7 +301,3 @@ def kernel_parts(plan: AttnPlan) -> list[Part]:
         )
         for part, group in zip(plan.parts, plan.q_groups(), strict=True)
     ]
-
-
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
