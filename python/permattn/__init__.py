@@ -10,6 +10,11 @@ from permattn.api import (
     sparse_attention,
     sparse_attention_with_lse,
 )
+from permattn.bilevel import (
+    bilevel_routing_attention,
+    regional_routing_attention,
+    route_regions,
+)
 from permattn.core import (
     AttnPart,
     AttnPlan,
@@ -21,6 +26,7 @@ from permattn.core import (
     TokenRun,
 )
 from permattn.core.prologue import Prologue, RowTransform
+from permattn.patterns.bilevel import plan_bilevel
 from permattn.patterns.dense import plan_dense
 from permattn.patterns.flexprefill import plan_flexprefill
 from permattn.patterns.mminference import (
@@ -55,11 +61,13 @@ __all__ = [
     "TokenRun",
     "__version__",
     "apply_paro",
+    "bilevel_routing_attention",
     "load_plan",
     "paro",
     "patch",
     "permute_tokens",
     "plan_a_shape",
+    "plan_bilevel",
     "plan_dense",
     "plan_flexprefill",
     "plan_grid_prefill",
@@ -68,6 +76,8 @@ __all__ = [
     "plan_tri_shape",
     "plan_vertical_slash",
     "plan_xattention",
+    "regional_routing_attention",
+    "route_regions",
     "save_plan",
     "scaled_dot_product_attention",
     "sparse_attention",
