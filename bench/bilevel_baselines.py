@@ -99,7 +99,7 @@ def ours(qkv: Tensor, graph: Tensor, stage: Stage, backend: str = "auto") -> Ten
 def gather(qkv: Tensor, graph: Tensor, stage: Stage) -> Tensor:
     """Keys and values gathered out of an expanded tensor: its gradient is R times the map."""
     q, kv = _by_regions(qkv, stage).split((stage.channels, 2 * stage.channels), -1)
-    batch, regions, cells, width = kv.shape
+    regions, cells, width = kv.shape[1:]
     wide = kv[:, None].expand(-1, regions, -1, -1, -1)
     index = graph[..., None, None].expand(-1, -1, -1, cells, width)
     k, v = wide.gather(2, index).flatten(2, 3).chunk(2, -1)
