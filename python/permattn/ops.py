@@ -6,13 +6,13 @@ A plan and a prologue pass it in flat form, as tensors and numbers (`core.packin
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from permattn.backends import BACKENDS
+from permattn.core.modes import offer_flop_formulas, without_autocast
 from permattn.core.packing import INTS_PER_PART, TENSORS_PER_PART, unpack_plan
 from permattn.core.problem import BwdArgs, FwdArgs, empty_out, lse_dtype
 from permattn.core.prologue import unpack_prologue
@@ -33,7 +33,8 @@ def sparse_attention_op(
 ) -> tuple[Tensor, Tensor]:
     plan = unpack_plan(plan_tensors, plan_ints)
     prologue = unpack_prologue(prologue_tensors, prologue_ints, prologue_floats)
-    return BACKENDS[backend].forward(FwdArgs(q, k, v, plan, scale, prologue))
+    with without_autocast(q):
+        return BACKENDS[backend].forward(FwdArgs(q, k, v, plan, scale, prologue))
 
 
 @sparse_attention_op.register_fake
@@ -60,7 +61,8 @@ def sparse_attention_backward_op(
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     args = BwdArgs(q, k, v, out, lse, dout, dlse, plan, scale)
-    dq, dk, dv = BACKENDS[backend].backward(args)
+    with without_autocast(q):
+        dq, dk, dv = BACKENDS[backend].backward(args)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
@@ -121,20 +123,12 @@ def _backward_flops(
     return 2 * pairs * (3 * q.shape[3] + 2 * v.shape[3])
 
 
-_registered = False
-
-
 def register_flop_formulas() -> None:
-    """Tells torch's FLOP counter what both operators cost, once somebody has imported it.
-
-    Not at import: the counter imports triton, which `import permattn` must not.
-    """
-    global _registered
-    if _registered or "torch.utils.flop_counter" not in sys.modules:
-        return
-    from torch.utils.flop_counter import register_flop_formula
-
-    _registered = True
+    """Tells torch's FLOP counter what both operators cost; see `offer_flop_formulas`."""
     ops = torch.ops.permattn
-    register_flop_formula(ops.sparse_attention, get_raw=True)(_forward_flops)
-    register_flop_formula(ops.sparse_attention_backward, get_raw=True)(_backward_flops)
+    offer_flop_formulas(
+        {
+            ops.sparse_attention: _forward_flops,
+            ops.sparse_attention_backward: _backward_flops,
+        }
+    )

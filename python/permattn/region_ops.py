@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from permattn.backends import attends_regions
+from permattn.core.modes import offer_flop_formulas, without_autocast
 from permattn.core.problem import lse_dtype
 from permattn.core.regions import (
     RegionArgs,
@@ -34,7 +34,8 @@ def region_attention_op(
 ) -> tuple[Tensor, Tensor]:
     args = _args(q, k, v, graph, weights, boxes, count_padding, scale)
     check_graph_values(graph, args.kv_grid.num_regions)
-    return attends_regions(backend).attend_regions(args)
+    with without_autocast(q):
+        return attends_regions(backend).attend_regions(args)
 
 
 @region_attention_op.register_fake
@@ -61,7 +62,8 @@ def region_attention_backward_op(
     args = _args(q, k, v, graph, weights, boxes, count_padding, scale)
     dlse = torch.where(lse == float("-inf"), 0.0, dlse)
     call = RegionBwdArgs(args, out, lse, dout, dlse)
-    dq, dk, dv, dweights = attends_regions(backend).attend_regions_backward(call)
+    with without_autocast(q):
+        dq, dk, dv, dweights = attends_regions(backend).attend_regions_backward(call)
     # An operator returns tensors only: without weights, one without elements.
     dweights = q.new_empty(0) if dweights is None else dweights
     return _as(dq, q), _as(dk, k), _as(dv, v), dweights.contiguous()
@@ -145,7 +147,8 @@ def route_regions_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     q_box, kv_box = (boxes[0], boxes[1], boxes[2]), (boxes[3], boxes[4], boxes[5])
-    return attends_regions(backend).route(RouteArgs(q, k, q_box, kv_box, topk, scale))
+    with without_autocast(q):
+        return attends_regions(backend).route(RouteArgs(q, k, q_box, kv_box, topk, scale))
 
 
 @route_regions_op.register_fake
@@ -177,18 +180,13 @@ def _route_flops(q, k, boxes, *args, out_val=None, **kwargs) -> int:
     return 2 * q.shape[0] * rq * rkv * q.shape[1] * q.shape[5]
 
 
-_registered = False
-
-
 def register_flop_formulas() -> None:
-    """Tells torch's FLOP counter what the operators cost; see `permattn.ops`."""
-    global _registered
-    if _registered or "torch.utils.flop_counter" not in sys.modules:
-        return
-    from torch.utils.flop_counter import register_flop_formula
-
-    _registered = True
+    """Tells torch's FLOP counter what the operators cost; see `offer_flop_formulas`."""
     ops = torch.ops.permattn
-    register_flop_formula(ops.region_attention, get_raw=True)(_forward_flops)
-    register_flop_formula(ops.region_attention_backward, get_raw=True)(_backward_flops)
-    register_flop_formula(ops.route_regions, get_raw=True)(_route_flops)
+    offer_flop_formulas(
+        {
+            ops.region_attention: _forward_flops,
+            ops.region_attention_backward: _backward_flops,
+            ops.route_regions: _route_flops,
+        }
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 from permattn.backends.reference import token_is_visible
 from permattn.core import AttnPart, AttnPlan, BlockIndex, Permutation, TokenBand
 from permattn.core.plan import block_token_range, ceil_div
+from permattn.core.regions import RegionArgs, Sizes
 
 
 def visible_pairs(plan: AttnPlan, batch: int, heads: int) -> Tensor:
@@ -280,3 +281,42 @@ def crossed_plan(
 def poison_unseen(x: Tensor, seen: Tensor) -> Tensor:
     """x [B, Hkv, Skv, D] with NaN in every row that `seen` (bool [B, Hkv, Skv]) leaves out."""
     return torch.where(seen[..., None], x, float("nan"))
+
+
+def dense_regions(args: RegionArgs) -> tuple[Tensor, Tensor]:
+    """Attention from region to region as dense attention in q's dtype: (out, lse); differentiable.
+
+    Written apart from every backend: a score for every (query token, place of the graph, key cell),
+    of which those of other regions, and cells outside the map, are struck out.
+    """
+    q, k, v = args.q.flatten(2, 4), args.k.flatten(2, 4), args.v.flatten(2, 4)
+    batch, heads = q.shape[:2]
+    q_region, _ = _region_of_token(args.q, args.q_box)
+    kv_region, kv_counts = _region_of_token(args.k, args.kv_box)
+    num_kv = kv_counts[0] * kv_counts[1] * kv_counts[2]
+    listed = args.graph.expand(batch, heads, -1, -1)[:, :, q_region].long()
+    weights = q.new_ones(1) if args.weights is None else args.weights.to(q.dtype)
+    weights = weights.expand(batch, heads, *args.graph.shape[2:])[:, :, q_region, :, None]
+    seen = listed[..., None] == kv_region
+    dots = ((q @ k.mT) * args.scale)[:, :, :, None]
+    scores = torch.where(seen, dots * weights, float("-inf")).flatten(3)
+    if args.count_padding:
+        held = torch.bincount(kv_region, minlength=num_kv)
+        cells = args.kv_box[0] * args.kv_box[1] * args.kv_box[2]
+        missing = (cells - held)[listed].to(q.dtype)
+        scores = torch.cat([scores, missing.log()], -1)
+    lse = torch.logsumexp(scores, -1)
+    p = torch.softmax(scores, -1)[..., : seen.shape[3] * seen.shape[4]].unflatten(3, seen.shape[3:])
+    out = (p * weights).sum(3) @ v
+    size = args.q.shape[2:5]
+    return out.unflatten(2, size), lse.unflatten(2, size)
+
+
+def _region_of_token(x: Tensor, box: Sizes) -> tuple[Tensor, list[int]]:
+    """int64 [T * H * W] for a map [B, M, T, H, W, D], and regions per axis."""
+    counts = [ceil_div(n, b) for n, b in zip(x.shape[2:5], box, strict=True)]
+    t, h, w = (
+        torch.arange(n, device=x.device) // b for n, b in zip(x.shape[2:5], box, strict=True)
+    )
+    number = (t[:, None, None] * counts[1] + h[:, None]) * counts[2] + w
+    return number.flatten(), counts

@@ -137,6 +137,8 @@ class _Chunk:
 
 def _chunks(args: RegionArgs, x: _Rows) -> Iterator[_Chunk]:
     batch, heads, regions, n, dim = x.q.shape
+    if batch == 0:
+        return
     num_kv, nk = x.k.shape[2:4]
     topk = args.graph.shape[3]
     graph = args.graph.long().expand(batch, heads, -1, -1)
