@@ -92,3 +92,16 @@ def test_two_runs_are_bit_identical():
         out = pa.sparse_attention(q, k, v, plan)
         runs.append([out, *torch.autograd.grad(out.sin().sum(), (q, k, v))])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_autocast_does_not_reach_inside(backend):
+    plan = split_plan(40, 40, heads=4)
+    leaves = inputs(40, 40)
+    want = pa.sparse_attention(*leaves, plan, backend=backend)
+    gradients = torch.autograd.grad(want.square().sum(), leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = pa.sparse_attention(*leaves, plan, backend=backend)
+        again = torch.autograd.grad(out.square().sum(), leaves)
+    assert torch.equal(out, want)
+    assert all(torch.equal(x, y) for x, y in zip(gradients, again, strict=True))
