@@ -1,0 +1,33 @@
+"""Vision models with bi-level routing attention; torch only."""
+
+from __future__ import annotations
+
+from permattn.models.vision.attention import (
+    BiLevelRoutingAttention,
+    VideoBiLevelRoutingAttention,
+)
+from permattn.models.vision.biformer import (
+    BiFormer,
+    biformer_base,
+    biformer_small,
+    biformer_tiny,
+)
+from permattn.models.vision.dense import Attention, AttentionLePE, NchwAttentionLePE
+from permattn.models.vision.nchw import NchwBiLevelRoutingAttention
+from permattn.models.vision.stl import BiFormerSTL, biformer_stl, biformer_stl_nchw
+
+__all__ = [
+    "Attention",
+    "AttentionLePE",
+    "BiFormer",
+    "BiFormerSTL",
+    "BiLevelRoutingAttention",
+    "NchwAttentionLePE",
+    "NchwBiLevelRoutingAttention",
+    "VideoBiLevelRoutingAttention",
+    "biformer_base",
+    "biformer_small",
+    "biformer_stl",
+    "biformer_stl_nchw",
+    "biformer_tiny",
+]
