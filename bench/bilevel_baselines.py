@@ -23,18 +23,28 @@ class Stage:
 
     Args:
         name: of the results.
-        batch, side, heads: B, H = W, and heads of `head_dim`.
+        batch, height, heads: B, H, and heads of `head_dim`.
         regions: S per side.
         topk: k.
+        columns: W; None = H.
     """
 
     name: str
     batch: int
-    side: int
+    height: int
     heads: int
     regions: int
     topk: int
     head_dim: int = 32
+    columns: int | None = None
+
+    @property
+    def width(self) -> int:
+        return self.columns or self.height
+
+    @property
+    def box(self) -> tuple[int, int]:
+        return self.height // self.regions, self.width // self.regions
 
     @property
     def channels(self) -> int:
@@ -50,16 +60,16 @@ class Stage:
         return self.regions**2
 
     def __str__(self) -> str:
-        box = self.side // self.regions
+        cells = self.box[0] * self.box[1]
         return (
-            f"{self.side}x{self.side}, B={self.batch}, {self.heads} heads of {self.head_dim}, "
-            f"{self.num_regions} regions of {box * box}, k={self.topk}"
+            f"{self.height}x{self.width}, B={self.batch}, {self.heads} heads of {self.head_dim}, "
+            f"{self.num_regions} regions of {cells}, k={self.topk}"
         )
 
     def draw(self, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [B, H, W, 3 * C], graph int64 [B, R, k] and the gradient of the result."""
         g = torch.Generator().manual_seed(seed)
-        shape = (self.batch, self.side, self.side)
+        shape = (self.batch, self.height, self.width)
         qkv = torch.randn(*shape, 3 * self.channels, generator=g).to(dtype)
         grad = torch.randn(*shape, self.channels, generator=g).to(dtype)
         score = torch.rand(self.batch, self.num_regions, self.num_regions, generator=g)
@@ -141,6 +151,5 @@ def _by_regions(x: Tensor, stage: Stage) -> Tensor:
 
 
 def _to_map(rows: Tensor, stage: Stage) -> Tensor:
-    s, box = stage.regions, stage.side // stage.regions
-    x = rows.unflatten(2, (box, box)).unflatten(1, (s, s))
+    x = rows.unflatten(2, stage.box).unflatten(1, (stage.regions, stage.regions))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)

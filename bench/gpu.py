@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         print("make gpu: no CUDA device is visible to torch; nothing was run", file=sys.stderr)
         return NO_GPU
     use_tree()
-    from bench import gpu_paro, gpu_prefill
+    from bench import gpu_bilevel, gpu_paro, gpu_prefill
     from bench import gpu_sections as sections
     from bench.machine import commit, utc_now
 
@@ -82,6 +82,8 @@ def main(argv: list[str]) -> int:
         "timing": lambda: sections.timing(args.backend, args.tokens, not args.no_flex),
         "paro correctness": lambda: gpu_paro.correctness(args.backend),
         **{f"paro {x}": partial(gpu_paro.timing, args.backend, x) for x in gpu_paro.LAYERS},
+        "bilevel correctness": lambda: gpu_bilevel.correctness(args.backend),
+        "bilevel": lambda: gpu_bilevel.timing(args.backend),
         "test suite": lambda: sections.test_suite(ROOT),
     }
     for length in lengths:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.bilevel_pages import bilevel_section, gpu_bilevel
 from bench.machine import threads_text
 from bench.registry import CASES, PLANNERS, TARGETS
 from bench.results import Row, break_even, load
@@ -64,6 +65,8 @@ def performance_page(results: Path) -> str:
     single = sorted(load(results / "cpu-1-thread.jsonl"), key=_order)
     if single:
         parts += _one_thread(single)
+    if (results / "bilevel.json").exists():
+        parts.append(bilevel_section(json.loads((results / "bilevel.json").read_text())))
     for path in sorted(results.glob("gpu-*.json")):
         parts.append(_gpu(json.loads(path.read_text(encoding="utf-8"))))
     if not list(results.glob("gpu-*.json")):
@@ -257,6 +260,8 @@ def _gpu(report: dict[str, Any]) -> str:
             lines += _gpu_prefill(section["data"])
         if name.startswith("paro ") and isinstance(section["data"], dict):
             lines += _gpu_paro(name, section["data"])
+        if name == "bilevel" and isinstance(section["data"], dict):
+            lines += gpu_bilevel(section["data"])
     return "\n".join(lines) + "\n"
 
 
