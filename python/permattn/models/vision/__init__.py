@@ -12,6 +12,11 @@ from permattn.models.vision.biformer import (
     biformer_small,
     biformer_tiny,
 )
+from permattn.models.vision.checkpoint import (
+    legacy_from_nchw,
+    load_biformer,
+    nchw_from_legacy,
+)
 from permattn.models.vision.dense import Attention, AttentionLePE, NchwAttentionLePE
 from permattn.models.vision.nchw import NchwBiLevelRoutingAttention
 from permattn.models.vision.stl import BiFormerSTL, biformer_stl, biformer_stl_nchw
@@ -30,4 +35,7 @@ __all__ = [
     "biformer_stl",
     "biformer_stl_nchw",
     "biformer_tiny",
+    "legacy_from_nchw",
+    "load_biformer",
+    "nchw_from_legacy",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from permattn.models.vision.layers import depthwise
 ModulePadMode = Literal["legacy", "zero", "mask"] | None
 PAD_MODES = (None, "legacy", "zero", "mask")
 
-_POOLS = {
+_POOLS: dict[tuple[str, int], Callable[[Tensor, int], Tensor]] = {
     ("ada_avgpool", 2): F.adaptive_avg_pool2d,
     ("ada_avgpool", 3): F.adaptive_avg_pool3d,
     ("ada_maxpool", 2): F.adaptive_max_pool2d,
@@ -167,10 +167,9 @@ class BiLevelRoutingAttention(nn.Module):
                 f"kv_downsample_mode: wants 'identity' beside pad_mode {self.pad_mode!r}, whose "
                 f"regions may be cut off, got {mode!r}"
             )
-        for name in ("kv_per_win", "kv_downsample_ratio"):
-            used = mode.startswith("ada_") if name == "kv_per_win" else mode in _ratio_modes()
-            if used and getattr(self, name) < 1:
-                raise ValueError(f"{name}: wants at least 1, got {getattr(self, name)}")
+        name = "kv_per_win" if mode.startswith("ada_") else "kv_downsample_ratio"
+        if mode != "identity" and getattr(self, name) < 1:
+            raise ValueError(f"{name}: wants at least 1, got {getattr(self, name)}")
 
     def forward(self, x: Tensor, ret_attn_mask: bool = False) -> Any:
         """Attends inside the routed regions.
@@ -220,20 +219,22 @@ class BiLevelRoutingAttention(nn.Module):
         soft = weights if self.soft_routing else None
         attn = None
         if ret_attn_mask or self.backend == "torch":
-            maps = (_with_frames(t) for t in (q, k, v))
+            rows, keys, values = (with_frames(x) for x in (q, k, v))
             out, attn = attend_gathered(
-                *maps, graph, (grid, kv_grid), soft, pad_mode == "zero", self.scale
+                *(rows, keys, values, graph, (grid, kv_grid)),
+                weights=soft,
+                count_padding=pad_mode == "zero",
+                scale=self.scale,
             )
             out = out if ndim == 3 else out.squeeze(1)
         else:
-            out = bilevel_routing_attention(
+            out = attend_routed(
                 *(q, k, v, graph),
                 region_size=grid.box[-ndim:],
                 kv_region_size=kv_grid.box[-ndim:],
                 pad_mode=pad_mode,
                 weights=soft,
                 scale=self.scale,
-                check_graph=False,
                 backend=self.backend,
             )
         out = out.flatten(-2)
@@ -258,12 +259,12 @@ class BiLevelRoutingAttention(nn.Module):
         self, q: Tensor, k: Tensor, grid: RegionGrid, topk: int, pad_mode: PadMode
     ) -> tuple[Tensor, Tensor]:
         if self.param_routing:
-            maps = (_with_frames(x).permute(0, 4, 1, 2, 3, 5) for x in (q, k))
+            maps = (with_frames(x).permute(0, 4, 1, 2, 3, 5) for x in (q, k))
             means = (region_means(x, grid).to(q.dtype) for x in maps)
             hat_q, hat_k = (self.router.emb(x) for x in means)
             return top_regions(hat_q * self.scale @ hat_k.mT, topk)
         if self.backend == "torch" and not self.diff_routing:
-            return route_gathered(_with_frames(q), _with_frames(k), grid, topk, self.scale)
+            return route_gathered(with_frames(q), with_frames(k), grid, topk, self.scale)
         return route_regions(
             *(q, k),
             region_size=grid.box[-len(self.n_win) :],
@@ -295,8 +296,7 @@ class BiLevelRoutingAttention(nn.Module):
         order = [axis for i in range(ndim) for axis in (1 + i, ndim + 2 + i)]
         size = [c * b for c, b in zip(counts, small, strict=True)]
         x = x.permute(0, *order, ndim + 1).reshape(kv.shape[0], *size, kv.shape[-1])
-        frames = (1,) * (3 - ndim)
-        return x, RegionGrid((*frames, *size), (*frames, *small))
+        return x, cut_regions(size, region_size=small)
 
     def extra_repr(self) -> str:
         return (
@@ -323,6 +323,18 @@ class VideoBiLevelRoutingAttention(BiLevelRoutingAttention):
         super().__init__(dim, num_heads, n_win, **options)
 
 
+def attend_routed(q: Tensor, k: Tensor, v: Tensor, graph: Tensor, **options: Any) -> Tensor:
+    """`bilevel_routing_attention` over a graph of our own routing, which needs no check."""
+    out = bilevel_routing_attention(q, k, v, graph, check_graph=False, **options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def with_frames(x: Tensor) -> Tensor:
+    """[B, H, W, heads, D] -> one frame, [B, 1, H, W, heads, D]; of six axes x itself."""
+    return x.unsqueeze(1) if x.dim() == 5 else x
+
+
 def window_counts(n_win: int | Sequence[int]) -> tuple[int, ...]:
     """Regions per axis as a tuple of two or three numbers."""
     counts = (n_win, n_win) if isinstance(n_win, int) else tuple(int(n) for n in n_win)
@@ -336,14 +348,6 @@ def checked_topk(topk: int) -> int:
     if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
         raise ValueError(f"topk: wants a number of regions >= 1, got {topk!r}")
     return topk
-
-
-def _ratio_modes() -> tuple[str, ...]:
-    return ("avgpool", "maxpool")
-
-
-def _with_frames(x: Tensor) -> Tensor:
-    return x.unsqueeze(1) if x.dim() == 5 else x
 
 
 def _pad_to_multiple(x: Tensor, counts: Sequence[int]) -> Tensor:

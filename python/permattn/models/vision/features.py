@@ -38,6 +38,7 @@ class FourStageNet(nn.Module):
 
     downsample_layers: nn.ModuleList
     stages: nn.ModuleList
+    global_pool: GlobalPool
 
     def __init__(
         self,

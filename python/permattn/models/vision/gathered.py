@@ -33,6 +33,7 @@ def attend_gathered(
     v: Tensor,
     graph: Tensor,
     grids: tuple[RegionGrid, RegionGrid],
+    *,
     weights: Tensor | None,
     count_padding: bool,
     scale: float,

@@ -7,10 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from permattn.bilevel import PadMode, bilevel_routing_attention, cut_regions, route_regions
+from permattn.bilevel import PadMode, cut_regions, route_regions
 from permattn.core.plan import ceil_div
 from permattn.core.regions import RegionGrid
-from permattn.models.vision.attention import checked_topk, window_counts
+from permattn.models.vision.attention import (
+    attend_routed,
+    checked_topk,
+    window_counts,
+    with_frames,
+)
 from permattn.models.vision.dense import check_heads
 from permattn.models.vision.gathered import attend_gathered, route_gathered
 from permattn.models.vision.layers import depthwise
@@ -94,10 +99,9 @@ class NchwBiLevelRoutingAttention(nn.Module):
             for part in qkv.chunk(3, 1)
         )
         box = grid.box[1:]
-        gathered = ret_attn_mask or self.backend == "torch"
         if self.backend == "torch":
             # The order of affinities is the same without a scale, and the released code has none.
-            graph, _ = route_gathered(q.unsqueeze(1), k.unsqueeze(1), grid, topk, 1.0)
+            graph, _ = route_gathered(with_frames(q), with_frames(k), grid, topk, 1.0)
         else:
             graph, _ = route_regions(
                 *(q, k),
@@ -107,18 +111,21 @@ class NchwBiLevelRoutingAttention(nn.Module):
                 backend=self.backend,
             )
         attn = None
-        if gathered:
-            maps = (part.unsqueeze(1) for part in (q, k, v))
-            padding = self.pad_mode == "zero"
-            out, attn = attend_gathered(*maps, graph, (grid, grid), None, padding, self.scale)
+        if ret_attn_mask or self.backend == "torch":
+            rows, keys, values = (with_frames(part) for part in (q, k, v))
+            out, attn = attend_gathered(
+                *(rows, keys, values, graph, (grid, grid)),
+                weights=None,
+                count_padding=self.pad_mode == "zero",
+                scale=self.scale,
+            )
             out = out.squeeze(1)
         else:
-            out = bilevel_routing_attention(
+            out = attend_routed(
                 *(q, k, v, graph),
                 region_size=box,
                 pad_mode=self.pad_mode,
                 scale=self.scale,
-                check_graph=False,
                 backend=self.backend,
             )
         out = out.permute(0, 3, 4, 1, 2).flatten(1, 2)

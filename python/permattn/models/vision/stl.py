@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,36 +16,37 @@ from permattn.models.vision.nchw import NchwBiLevelRoutingAttention
 
 
 class STLBlock(nn.Module):
-    """Attention and MLP, each added to its input, over [B, H, W, C] maps."""
+    """Attention and MLP, each added to its input; maps [B, C, H, W], channels last inside."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
         hidden = int(mlp_ratio * dim)
-        self.norm1: nn.Module = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attn
-        self.norm2: nn.Module = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W], by views in between."""
         x = x.permute(0, 2, 3, 1)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x.permute(0, 3, 1, 2)
 
 
-class NchwSTLBlock(STLBlock):
-    """`STLBlock` whose layers are convolutions of channels-first maps."""
+class NchwSTLBlock(nn.Module):
+    """Attention and MLP, each added to its input; maps [B, C, H, W], convolutions for layers."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float) -> None:
-        super().__init__(dim, attn, mlp_ratio, drop_path)
+        super().__init__()
         hidden = int(mlp_ratio * dim)
-        self.norm1, self.norm2 = LayerNorm2d(dim), LayerNorm2d(dim)
+        self.norm1 = LayerNorm2d(dim)
+        self.attn = attn
+        self.norm2 = LayerNorm2d(dim)
         self.mlp = nn.Sequential(nn.Conv2d(dim, hidden, 1), nn.GELU(), nn.Conv2d(hidden, dim, 1))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -129,8 +130,8 @@ class BiFormerSTL(FourStageNet):
         options["pad_mode"] = pad_mode
         if layout == "nhwc":
             options["auto_pad"] = auto_pad
-        make = make_attention if layout == "nhwc" else _nchw_attention
-        block = STLBlock if layout == "nhwc" else NchwSTLBlock
+        make: Callable[..., nn.Module] = make_attention if layout == "nhwc" else _nchw_attention
+        block: Callable[..., nn.Module] = STLBlock if layout == "nhwc" else NchwSTLBlock
         for i, dim in enumerate(self.dims):
             before = in_chans if i == 0 else self.dims[i - 1]
             self.downsample_layers.append(_patches(before, dim) if i == 0 else _merge(before, dim))
