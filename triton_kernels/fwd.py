@@ -324,13 +324,13 @@ def fwd_kernel(
         tl.store(p_total + o_row + b_q_token, b_total, mask=m_q)
     else:
         p_out = head_base(p_out, i_b, i_h, out_strides)
-        b_out, b_lse = _normalise(b_acc, b_high, b_total)
+        b_out, b_lse = normalise(b_acc, b_high, b_total)
         store_rows(p_out, b_q_token, m_q, out_strides[2], b_out, DV, BLOCK_DV)
         tl.store(p_lse + o_row + b_q_token, b_lse, mask=m_q)
 
 
 @triton.jit
-def _normalise(b_acc, b_high, b_total):
+def normalise(b_acc, b_high, b_total):
     """(out, lse in natural log); 0 and -inf for a row that saw nothing."""
     m_empty = b_total == 0
     b_divisor = tl.where(m_empty, 1.0, b_total)
@@ -362,7 +362,7 @@ def finish_kernel(
     b_acc = load_rows(p_acc + o_row * DV, b_token, m_token, DV, DV, BLOCK_DV)
     b_high = tl.load(p_high + o_row + b_token, mask=m_token, other=float("-inf"))
     b_total = tl.load(p_total + o_row + b_token, mask=m_token, other=0.0)
-    b_out, b_lse = _normalise(b_acc, b_high, b_total)
+    b_out, b_lse = normalise(b_acc, b_high, b_total)
     p_out = head_base(p_out, i_head // num_q_heads, i_head % num_q_heads, out_strides)
     store_rows(p_out, b_token, m_token, out_strides[2], b_out, DV, BLOCK_DV)
     tl.store(p_lse + o_row + b_token, b_lse, mask=m_token)

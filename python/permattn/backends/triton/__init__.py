@@ -16,10 +16,22 @@ from permattn.backends.triton.attention import (
     why_not_probe,
 )
 from permattn.backends.triton.device import INTERPRETED, NAME
+from permattn.backends.triton.regions import (
+    attend_regions,
+    attend_regions_backward,
+    region_backward_kernels,
+    region_forward_kernels,
+    route,
+    route_kernels,
+    why_not_regions,
+    why_not_route,
+)
 
 __all__ = [
     "INTERPRETED",
     "NAME",
+    "attend_regions",
+    "attend_regions_backward",
     "backward",
     "backward_kernels",
     "block_mass",
@@ -30,7 +42,13 @@ __all__ = [
     "prepare",
     "probe",
     "probe_kernels",
+    "region_backward_kernels",
+    "region_forward_kernels",
+    "route",
+    "route_kernels",
     "why_not",
     "why_not_block_mass",
     "why_not_probe",
+    "why_not_regions",
+    "why_not_route",
 ]
