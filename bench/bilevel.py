@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,10 +147,9 @@ def check(
     Raises:
         AssertionError: ours is more than twice as far from float64 as the gather in this dtype.
     """
-    qkv, graph, grad = (
-        x.double() if x.is_floating_point() else x for x in stage.draw(DTYPES[dtype])
-    )
-    exact = prepared(lambda x, g: gather(x, g, stage), qkv, graph, grad, phase)()
+    qkv, graph, grad = stage.draw(DTYPES[dtype])
+    released = partial(gather, stage=stage)
+    exact = prepared(released, qkv.double(), graph, grad.double(), phase)()
     results = {name: call() for name, call in calls.items()}
     error = float64_bound(results["ours"], results["gather"], exact)
     if not error.ok:

@@ -27,6 +27,11 @@ DETECTION = (
     Stage("detection-stage2", 1, 112, 4, 16, 4, columns=176),
     Stage("detection-stage3", 1, 64, 8, 16, 16, columns=96),
 )
+CHECKED = (
+    Stage("small-1", 2, 28, 2, 7, 4),
+    Stage("small-2", 2, 14, 8, 7, 16),
+    Stage("small-3", 1, 48, 2, 3, 1, head_dim=64),
+)
 # Over the time in which q, k and v are read once and the result is written once.
 TRAFFIC_GOAL = 1.5
 
@@ -38,11 +43,7 @@ def correctness(backend: str) -> list[dict[str, Any]]:
         AssertionError: more than twice as far from float64 as the gather in the same dtype.
     """
     found, wrong = [], []
-    for stage in (
-        Stage("small-1", 2, 28, 2, 7, 4),
-        Stage("small-2", 2, 14, 8, 7, 16),
-        Stage("small-3", 1, 48, 2, 3, 1, head_dim=64),
-    ):
+    for stage in CHECKED:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for phase in ("forward", "both"):
                 qkv, graph, grad = stage.draw(dtype)
