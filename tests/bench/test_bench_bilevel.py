@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import bilevel, gpu_bilevel, gpu_prefill
+from bench import bilevel, bilevel_model, gpu_bilevel, gpu_prefill
 from bench.bilevel_baselines import STAGES, Stage, attends, gather
 from bench.bilevel_pages import bilevel_section
 from bench.bilevel_pages import gpu_bilevel as gpu_page
@@ -134,3 +134,21 @@ def test_the_gathers_gradient_is_as_large_as_said():
         out.backward(grad)
     largest = max(x.self_cpu_memory_usage for x in record.events())
     assert largest >= 4 * SMALL.num_regions * qkv[..., 2 * SMALL.channels // 2 :].numel()
+
+
+def test_a_whole_model_is_compared():
+    found = bilevel_model.model(QUICK, size=112, depths=(1, 1, 1, 1), dims=(32, 32, 32, 64))
+    assert [run["title"].split(",")[0] for run in found["runs"]] == [
+        "inference",
+        "training step",
+    ] * 2
+    assert all(run["gain"] > 0 for run in found["runs"])
+
+
+def test_released_attention_is_put_back():
+    from permattn.models.vision import attention
+
+    before = attention.attend_routed
+    with bilevel_model.released():
+        assert attention.attend_routed is not before
+    assert attention.attend_routed is before
