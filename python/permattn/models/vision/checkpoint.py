@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,7 +111,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    held = torch.load(path, map_location="cpu", weights_only=True)
+    # Training scripts keep their parsed command line beside the weights.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        held = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(held, Mapping):
         raise ValueError(f"checkpoint: wants a state dict, {path} holds {type(held).__name__}")
     return held
