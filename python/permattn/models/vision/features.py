@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -62,7 +63,7 @@ class FourStageNet(nn.Module):
             {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
             for i, (dim, stride) in enumerate(zip(self.dims, STRIDES, strict=True))
         ]
-        self.grad_checkpointing = False
+        self.set_grad_checkpointing(False)
         self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
         self.norm: nn.Module = nn.Identity() if extra_norms else nn.BatchNorm2d(self.dims[-1])
         self.extra_norms = nn.ModuleList(LayerNorm2d(d) for d in self.dims) if extra_norms else None
@@ -76,14 +77,21 @@ class FourStageNet(nn.Module):
 
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:
         """Downsamples and runs the blocks of a stage: the next [B, C, H, W] map."""
-        x = self._run(self.downsample_layers[stage], x)
+        return self.forward_blocks(self.downsample(x, stage), stage)
+
+    def downsample(self, x: Tensor, stage: int) -> Tensor:
+        """The map that the blocks of a stage begin with; stage 0 takes the image."""
+        return self._run(self.downsample_layers[stage], self._image(x) if stage == 0 else x)
+
+    def forward_blocks(self, x: Tensor, stage: int) -> Tensor:
+        """Runs the blocks of a stage."""
         for block in self.blocks(stage):
             x = self._run(block, x)
         return x
 
     def _run(self, module: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(module, x, use_reentrant=False)
+            return self._checkpoint(module, x)
         return module(x)
 
     def _image(self, x: Tensor) -> Tensor:
@@ -96,7 +104,6 @@ class FourStageNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> the last map [B, C, H / 32, W / 32], normed."""
-        x = self._image(x)
         for stage in range(len(self.stages)):
             x = self.forward_stage(x, stage)
         return self.norm(x)
@@ -147,7 +154,6 @@ class FourStageNet(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt: wants 'NCHW' or 'NHWC', got {output_fmt!r}")
         chosen = take_indices(len(self.stages), indices)
-        x = self._image(x)
         count = max(chosen) + 1 if stop_early or intermediates_only else len(self.stages)
         maps = []
         for stage in range(count):
@@ -207,9 +213,16 @@ class FourStageNet(nn.Module):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory: blocks run again in the backward pass."""
+    def set_grad_checkpointing(
+        self, enable: bool = True, function: Callable[..., Tensor] | None = None
+    ) -> None:
+        """Trades time for memory: blocks run again in the backward pass.
+
+        Args:
+            function: called as function(module, x); None = torch's checkpoint, not reentrant.
+        """
         self.grad_checkpointing = enable
+        self._checkpoint = function or partial(checkpoint, use_reentrant=False)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """How timm's optimisers group parameters by depth."""
