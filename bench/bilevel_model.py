@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -18,19 +18,24 @@ from bench.clock import Timing, measure
 SIZE = 224
 
 
-def model(timing: Timing, size: int = SIZE, **options: Any) -> dict[str, Any]:
+def model(
+    timing: Timing,
+    size: int = SIZE,
+    batch: int = 8,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    **options: Any,
+) -> dict[str, Any]:
     """Milliseconds of inference and of a training step, and the gain, in float32 and bf16.
 
     Raises:
         AssertionError: both attentions differ by more than rounding.
     """
     runs = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes:
         name = "fp32" if dtype == torch.float32 else "bf16 autocast"
-        runs.append(_compare(f"inference, batch 8, {name}", 8, dtype, False, timing, size, options))
-        runs.append(
-            _compare(f"training step, batch 8, {name}", 8, dtype, True, timing, size, options)
-        )
+        for train in (False, True):
+            title = f"{'training step' if train else 'inference'}, batch {batch}, {name}"
+            runs.append(_compare(title, batch, dtype, train, timing, size, options))
     return {"runs": runs}
 
 
