@@ -420,6 +420,50 @@ def paro(
     show(options, as_json=json)
 
 
+@app.command(name="train-biformer")
+def train_biformer(
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 400,
+    size: Annotated[int, typer.Option(help="Pixels of a crop: a multiple of 112, or of 64.")] = 112,
+    batch: Annotated[int, typer.Option(help="Crops per step.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and of the order of crops.")] = 0,
+    attention: Annotated[
+        str, typer.Option(help="ours, gather (as released), dense, or all side by side.")
+    ] = "all",
+    out: Annotated[
+        Path, typer.Option(help="Folder for the checkpoint, the numbers and the pictures.")
+    ] = Path("train-out"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")
+    ] = False,
+    picture: Annotated[bool, typer.Option(help="Draw curves and routed regions.")] = True,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    backend: Annotated[str, typer.Option(help="Of ours: auto, cpu, triton or reference.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Train a small BiFormer from scratch on real photographs, three ways side by side.
+
+    Dense attention, routing as released (torch gather) and permattn: one seed, one order of
+    batches. Ctrl-C leaves a checkpoint; --resume goes on to the same result, bit by bit.
+    """
+    from permattn.cli.train_biformer.run import Options, show
+
+    options = Options(
+        steps=steps,
+        size=size,
+        batch=batch,
+        seed=seed,
+        attention=attention,
+        out=out,
+        resume=resume,
+        picture=picture,
+        save_every=save_every,
+        device=device,
+        backend=backend,
+    )
+    show(options, as_json=json)
+
+
 @app.command(
     context_settings={
         "allow_extra_args": True,
