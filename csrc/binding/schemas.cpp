@@ -28,5 +28,9 @@ STABLE_TORCH_LIBRARY(permattn_native, m) {
       "Tensor[] plan_tensors, int[] plan_ints, Tensor[] prologue_tensors, int[] prologue_ints, "
       "float[] prologue_floats, Tensor? mean, Tensor? k_factor, Tensor? q_factor, float scale, "
       "int isa) -> ()");
+  m.def(
+      "cpu_attend_regions(Tensor q, Tensor k, Tensor v, Tensor graph, Tensor? weights, "
+      "Tensor(a!) out, Tensor(b!) lse, int[] boxes, bool count_padding, float scale, int isa) -> "
+      "()");
   m.def("cpu_best_isa() -> int");
 }

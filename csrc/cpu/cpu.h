@@ -5,6 +5,7 @@
 #include "../common/dispatch.h"
 #include "../common/params.h"
 #include "../common/quant.h"
+#include "../common/regions.h"
 
 namespace permattn::cpu {
 
@@ -35,5 +36,8 @@ void column_statistics(const ColumnParams& params, Isa isa, const Pool& pool);
 // Prepares q, k and v, and attends; params.quantised is filled here.
 void forward_quantised(const FwdParams& params, const QuantisedCall& call, Isa isa,
                        const Pool& pool);
+
+// Attention from region to region.
+void attend_regions(const RegionParams& params, Isa isa, const Pool& pool);
 
 }  // namespace permattn::cpu
