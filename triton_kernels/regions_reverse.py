@@ -1,4 +1,4 @@
-"""Who looks at a region: the reverse of a graph as compressed rows of static size, in one launch."""
+"""Who looks at a region: the reverse of a graph, compressed rows of static size, in one launch."""
 
 import torch
 import triton
