@@ -46,7 +46,7 @@ def load_biformer(source: str | os.PathLike[str] | Mapping[str, Any], model: Mod
         ],
     }
     if any(faults.values()):
-        told = "; ".join(f"{what}: {_listed(names)}" for what, names in faults.items() if names)
+        told = "; ".join(f"{what}: {listed_names(x)}" for what, x in faults.items() if x)
         raise ValueError(f"checkpoint: does not fit {type(model).__name__}. {told}")
     model.load_state_dict(state)
     return model
@@ -119,6 +119,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     return held
 
 
-def _listed(names: list[str]) -> str:
+def listed_names(names: list[str]) -> str:
+    """The first names, for an error message, and how many more there are."""
     more = len(names) - _LISTED
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
