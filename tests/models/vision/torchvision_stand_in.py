@@ -50,10 +50,8 @@ def import_timm() -> ModuleType:
     """timm, beside torchvision or a stand-in for it; skips the module's tests without timm."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("needs timm", allow_module_level=True)
-    if "timm" in sys.modules or importlib.util.find_spec("torchvision") is not None:
-        import timm
-
-        return timm
+    if importlib.util.find_spec("torchvision") is not None:
+        return _imported()
     whole = {f"torchvision.{name}": StandIn(f"torchvision.{name}") for name in NAMES}
     whole["torchvision"] = StandIn("torchvision")
     for name, module in whole.items():
@@ -63,8 +61,16 @@ def import_timm() -> ModuleType:
             setattr(whole[parent], child, module)
     sys.modules.update(whole)
     try:
-        import timm
+        return _imported()
     finally:
         for name in whole:
             del sys.modules[name]
+
+
+def _imported() -> ModuleType:
+    import timm
+    import timm.data
+    import timm.optim
+    import timm.utils
+
     return timm
