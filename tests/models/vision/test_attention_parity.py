@@ -128,7 +128,7 @@ def test_legacy_module_and_its_gradients(name: str, dtype: torch.dtype):
     check_parity(module, lambda s, t: reference.legacy_bra(s, t, options)[0], x, dtype)
 
 
-# In "padded-small" whole regions are padding, of equal affinity: torch.topk orders them as it likes.
+# In "padded-small" whole regions are padding, of equal affinity: torch.topk takes any of them.
 @pytest.mark.parametrize("name", [n for n in MODES if n != "padded-small"])
 def test_legacy_attention_mask_has_the_released_form(name: str):
     module, options, x = case(name)

@@ -19,7 +19,9 @@ from permattn.models.vision.checkpoint import (
 )
 from permattn.models.vision.dense import Attention, AttentionLePE, NchwAttentionLePE
 from permattn.models.vision.nchw import NchwBiLevelRoutingAttention
+from permattn.models.vision.register import register_timm, register_transformers
 from permattn.models.vision.stl import BiFormerSTL, biformer_stl, biformer_stl_nchw
+from permattn.models.vision.switch import set_backend
 
 __all__ = [
     "Attention",
@@ -38,4 +40,7 @@ __all__ = [
     "legacy_from_nchw",
     "load_biformer",
     "nchw_from_legacy",
+    "register_timm",
+    "register_transformers",
+    "set_backend",
 ]
