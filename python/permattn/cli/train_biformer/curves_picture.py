@@ -29,8 +29,8 @@ def draw_curves(path: Path, report: Report) -> None:
     _draw_accuracy(figure.add_axes((0.60, 0.49, 0.375, 0.275)), report)
     gaps = report.agreement("gather") is not None and report.agreement("nudged") is not None
     if gaps:
-        _draw_gaps(figure.add_axes((0.60, 0.085, 0.16, 0.27)), report)
-    left = 0.865 if gaps else 0.70
+        _draw_gaps(figure.add_axes((0.60, 0.085, 0.175, 0.27)), report)
+    left = 0.845 if gaps else 0.66
     _draw_times(figure.add_axes((left, 0.085, 0.975 - left, 0.27)), report)
     figure.savefig(path, facecolor=_PAPER)
 
@@ -45,13 +45,14 @@ def _draw_title(figure: Figure, report: Report) -> None:
     )
     figure.text(0.025, 0.955, title, fontsize=19, fontweight="bold", color=_INK, va="center")
     lines = (
-        f"{facts['model']}. {facts['task']}; chance is {facts['chance']:.1%}.",
+        f"{facts['model']}.",
+        f"{facts['task']}; chance is {facts['chance']:.1%}.",
         f"One seed, one order of batches, the same weights to begin with. fp32 on "
-        f"{facts['settings']['device']} ({facts['threads']} threads), backend {facts['backend']}, "
+        f"{facts['settings']['device']} (threads: {facts['threads']}), backend {facts['backend']}, "
         f"torch {facts['torch']}.",
     )
     for i, line in enumerate(lines):
-        figure.text(0.025, 0.91 - 0.028 * i, line, fontsize=10, color=_FAINT, va="center")
+        figure.text(0.025, 0.912 - 0.027 * i, line, fontsize=10, color=_FAINT, va="center")
 
 
 def _draw_losses(axis: Any, report: Report) -> None:
@@ -91,10 +92,10 @@ def _draw_gaps(axis: Any, report: Report) -> None:
         assert run is not None
         gap = np.abs(np.asarray(run.losses) - np.asarray(ours.losses))
         name = "gather" if kind == "gather" else "ours, nudged by 1e-7"
-        smooth = np.exp(_smooth(np.log(np.maximum(gap, 1e-8))))
-        axis.semilogy(
-            np.arange(1, len(gap) + 1), smooth, color=_COLOURS[kind], linewidth=1.8, label=name
-        )
+        # Equal losses are drawn at the foot: a logarithm has no zero.
+        gap = np.maximum(_smooth(gap), 1e-8)
+        steps = np.arange(1, len(gap) + 1)
+        axis.semilogy(steps, gap, color=_COLOURS[kind], linewidth=1.8, label=name)
     axis.set_xlim(1, max(2, len(ours.losses)))
     _dress(axis, "loss, distance to ours", "step")
     axis.legend(frameon=False, fontsize=8.5, labelcolor=_INK, handlelength=1.4, loc="lower right")
@@ -111,13 +112,11 @@ def _draw_times(axis: Any, report: Report) -> None:
         if ours is not None and run is not ours:
             text += f"\n{value / (1000 * seconds_per_step(ours)):.2f}x ours"
         axis.text(value + 0.02 * max(values), y, text, va="center", fontsize=9, color=_INK)
-    axis.set(xlim=(0, 1.45 * max(values)), xticks=(), ylim=(-0.6, len(runs) - 0.4))
+    axis.set(xlim=(0, 1.45 * max(values)), xticks=(), ylim=(len(runs) - 3.6, len(runs) - 0.4))
     axis.set_yticks(where, [run.kind for run in runs], fontsize=10, color=_INK)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    axis.set_title(
-        "time of a training step", fontsize=12, fontweight="bold", color=_INK, loc="left"
-    )
+    axis.set_title("time of a step", fontsize=12, fontweight="bold", color=_INK, loc="left")
 
 
 def _line(run: Run) -> dict[str, Any]:
@@ -141,7 +140,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 def _dress(axis: Any, title: str, below: str) -> None:
     axis.set_title(title, fontsize=12, fontweight="bold", color=_INK, loc="left")
     axis.set_xlabel(below, fontsize=9, color=_FAINT)
-    axis.tick_params(colors=_FAINT, labelsize=9, length=0)
+    axis.tick_params(which="both", colors=_FAINT, labelsize=9, length=0)
     axis.grid(True, color=_GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[:].set_visible(False)

@@ -120,16 +120,19 @@ class PhotoCrops:
         ]
         return _normalise(torch.stack(crops)), labels
 
-    def validation_view(self, label: int) -> tuple[Tensor, Tensor]:
-        """The middle of a photograph, for pictures.
+    def validation_view(self, label: int, across: float) -> tuple[Tensor, Tensor]:
+        """A crop of the middle band, for pictures.
+
+        Args:
+            label: the photograph.
+            across: where, along the shorter side: 0 = its start, 1 = its end.
 
         Returns: (network input [3, size, size], the same as pixels uint8 [3, side, side]).
         """
-        photo = self.photos[label]
-        height, width = photo.shape[1:]
-        # The largest crop, which fits into the middle band.
+        height, width = self.photos[label].shape[1:]
         side = int(CROP[1] * max(height, width))
-        box = Box((height - side) // 2, (width - side) // 2, side)
+        middle, shift = (max(height, width) - side) // 2, int(across * (min(height, width) - side))
+        box = Box(shift, middle, side) if width >= height else Box(middle, shift, side)
         return _normalise(self._cut(label, box)), self._pixels(label, box)
 
     def box(self, label: int, band: tuple[float, float], draw: torch.Generator) -> Box:

@@ -57,7 +57,7 @@ def draw_routed(axis: Any, pixels: Tensor, stage: StageRoutes, query: int, colou
     boxes = [_box(stage, region, width, height) for region in graph]
     for (x, y, w, h), share in zip(boxes, shares, strict=True):
         rows, columns = slice(round(y), round(y + h)), slice(round(x), round(x + w))
-        tint = 0.12 + 0.33 * share
+        tint = 0.08 + 0.22 * share
         colour_of = np.array([int(_ROUTED[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         # A region that matters little stays dim, one that matters is bright and tinted.
         bright = 0.45 + 0.55 * share

@@ -36,12 +36,12 @@ from permattn.cli.train_biformer.trainer import Trainer
 from permattn.core.regions import RegionProblem
 
 NUMBERS, CURVES, REGIONS = "train.json", "curves.png", "regions.png"
-# What the picture of regions shows: photograph, and two places in the middle of it.
+# What the picture of regions shows: photograph, where across the middle band, and two places.
 SHOWN = (
-    ("astronaut.png", (0.5, 0.35), (0.2, 0.8)),
-    ("chelsea.png", (0.3, 0.4), (0.75, 0.6)),
-    ("coffee.png", (0.5, 0.3), (0.85, 0.8)),
-    ("motorcycle_left.png", (0.5, 0.6), (0.2, 0.2)),
+    ("astronaut.png", 0.12, (0.36, 0.5), (0.9, 0.1)),
+    ("camera.png", 0.16, (0.22, 0.5), (0.8, 0.2)),
+    ("chelsea.png", 0.45, (0.25, 0.2), (0.75, 0.75)),
+    ("motorcycle_left.png", 0.5, (0.5, 0.2), (0.6, 0.8)),
 )
 
 
@@ -250,7 +250,7 @@ def _write(options: Options, report: Report, trainer: Trainer) -> dict[str, Path
             files["regions"] = options.out / REGIONS
             note = (
                 "Validation crops. The query region is outlined in its colour; routed regions are "
-                "bright, the brighter and yellower the more alike (softmax of the affinities)."
+                "bright, the brighter and yellower the larger the affinity."
             )
             write_whole(files["regions"], lambda path: draw_views(path, views, note))
     files["checkpoint"] = options.out / checkpoint.NAME
@@ -266,8 +266,8 @@ def _views(trainer: Trainer) -> list[Any]:
     if ours is None:
         return []
     views = []
-    for name, *places in SHOWN:
-        image, pixels = trainer.crops.validation_view(PHOTOS.index(name))
+    for name, across, *places in SHOWN:
+        image, pixels = trainer.crops.validation_view(PHOTOS.index(name), across)
         stages = routes_of(ours.model, image.to(trainer.settings.device))
-        views.append(RoutedView(Path(name).stem, pixels, stages, tuple(places)))
+        views.append(RoutedView(Path(name).stem.split("_")[0], pixels, stages, tuple(places)))
     return views

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from permattn.cli.errors import UserError
 from permattn.cli.train_biformer.network import build
 from permattn.cli.train_biformer.photographs import PhotoCrops
 from permattn.cli.train_biformer.settings import Settings
@@ -118,10 +119,13 @@ class Trainer:
         scores = run.model(images)
         loss = F.cross_entropy(scores, labels, label_smoothing=self.settings.label_smoothing)
         run.optimiser.zero_grad(set_to_none=True)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(f"the loss of {run.kind} is {value} at step {self.step + 1}")
         loss.backward()
         nn.utils.clip_grad_norm_(run.model.parameters(), self.settings.clip_norm)
         run.optimiser.step()
-        return loss.item()
+        return value
 
     @torch.no_grad()
     def _evaluate(self) -> None:
