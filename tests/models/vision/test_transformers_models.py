@@ -217,6 +217,7 @@ def test_new_head_on_an_old_body(tmp_path: Path):
     assert torch.equal(tuned.state_dict()[name], model.state_dict()[name])
 
 
+@torch.no_grad()
 def test_weights_start_as_the_networks():
     """From nothing, and where a checkpoint holds nothing: after memory that nobody wrote."""
     loaded = BiFormerForImageClassification.from_pretrained(
