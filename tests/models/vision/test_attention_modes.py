@@ -15,6 +15,7 @@ from permattn.models.vision import (
     BiLevelRoutingAttention,
     NchwBiLevelRoutingAttention,
     VideoBiLevelRoutingAttention,
+    nchw_from_legacy,
 )
 from torch import Tensor
 
@@ -32,8 +33,6 @@ def maps(*size: int, dim: int = 16, seed: int = 1) -> Tensor:
 
 
 def test_zero_padding_is_the_twin_off_the_grid():
-    from permattn.models.vision import nchw_from_legacy
-
     ours = attention(n_win=3, topk=4, pad_mode="zero")
     twin = NchwBiLevelRoutingAttention(16, 2, 3, topk=4).double()
     twin.load_state_dict(nchw_from_legacy(ours.state_dict()))

@@ -13,6 +13,8 @@ from permattn.models.vision import (
     BiLevelRoutingAttention,
     NchwAttentionLePE,
     NchwBiLevelRoutingAttention,
+    legacy_from_nchw,
+    nchw_from_legacy,
 )
 from permattn.testing import assert_within
 from torch import Tensor, nn
@@ -178,8 +180,6 @@ def test_dense_modules(module, account, channels_first: bool):
 
 
 def test_twins_agree_where_regions_divide_the_map_and_only_there():
-    from permattn.models.vision import legacy_from_nchw, nchw_from_legacy
-
     legacy = strong(BiLevelRoutingAttention(16, 2, 3, topk=4, auto_pad=True)).double()
     nchw = NchwBiLevelRoutingAttention(16, 2, 3, topk=4).double()
     nchw.load_state_dict(nchw_from_legacy(legacy.state_dict()))

@@ -126,8 +126,8 @@ class FourStageNet(nn.Module):
 
         Each is [B, C, H, W], normed by its `extra_norms` where the network has them.
         """
-        maps = self.forward_intermediates(x, norm=self.extra_norms is not None)
-        return tuple(maps[1])
+        normed = self.extra_norms is not None
+        return tuple(self.forward_intermediates(x, norm=normed, intermediates_only=True))
 
     def forward_intermediates(
         self,
