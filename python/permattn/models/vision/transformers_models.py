@@ -221,7 +221,6 @@ class BiFormerBackbone(BackboneMixin, BiFormerPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
     ) -> BackboneOutput | tuple[Any, ...]:
         """The maps that `config.out_features` names.
 
@@ -254,6 +253,8 @@ class BiFormerBackbone(BackboneMixin, BiFormerPreTrainedModel):
 class BiFormerForImageClassification(BiFormerPreTrainedModel):
     """A BiFormer with its head: logits of `config.num_labels` classes, and a loss."""
 
+    # The loss is a mean over the batch, whatever the trainer accumulates.
+    accepts_loss_kwargs = False
     # Of a backbone's checkpoint.
     _keys_to_ignore_on_load_unexpected = [r"^biformer\.extra_norms\."]  # noqa: RUF012
 
@@ -269,7 +270,6 @@ class BiFormerForImageClassification(BiFormerPreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
     ) -> ImageClassifierOutputWithNoAttention | tuple[Any, ...]:
         """Logits, and a loss where there are labels.
 
