@@ -12,7 +12,7 @@ from permattn.models.vision import BiFormer, BiLevelRoutingAttention
 _NUDGE = 1e-7
 
 
-def build(kind: str, settings: Settings, num_classes: int) -> nn.Module:
+def build(kind: str, settings: Settings, num_classes: int) -> BiFormer:
     """A small BiFormer on the device; all kinds of one seed begin with the same weights.
 
     Args:
@@ -34,13 +34,21 @@ def build(kind: str, settings: Settings, num_classes: int) -> nn.Module:
             backend=settings.backend,
         )
         if kind == "nudged":
-            _nudge(model)
+            nudge(model)
     if kind in ("dense", "gather"):
         for stage in model.stages:
             for block in stage.children():
                 if isinstance(block.attn, BiLevelRoutingAttention):
                     block.attn = _replaced(block.attn, kind)
     return model.to(settings.device)
+
+
+@torch.no_grad()
+def nudge(model: nn.Module) -> None:
+    """Multiplies every weight by 1 + 1e-7 or 1 - 1e-7 at random: the last bit of a float32."""
+    for parameter in model.parameters():
+        signs: Tensor = torch.randint(0, 2, parameter.shape).to(parameter) * 2 - 1
+        parameter.mul_(1 + _NUDGE * signs)
 
 
 def describe(settings: Settings, model: nn.Module) -> str:
@@ -64,14 +72,6 @@ def _replaced(attention: BiLevelRoutingAttention, kind: str) -> nn.Module:
         made = GatherRoutingAttention(dim, heads, attention.n_win[0], attention.topk)
     made.load_state_dict(attention.state_dict())
     return made
-
-
-@torch.no_grad()
-def _nudge(model: nn.Module) -> None:
-    """Multiplies every weight by 1 + 1e-7 times a sign: about the last bit of a float32."""
-    for parameter in model.parameters():
-        signs: Tensor = torch.randint(0, 2, parameter.shape) * 2 - 1
-        parameter.mul_(1 + _NUDGE * signs)
 
 
 def _dashed(numbers: tuple[int, ...]) -> str:

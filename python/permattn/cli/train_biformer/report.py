@@ -115,8 +115,8 @@ def print_report(console: Console, report: Report) -> None:
         console.print(
             f"Gather and ours are one function: their losses differ by {gather['first_step']:.1e} "
             f"at the first step, by {gather['median']:.1e} in the median. Ours against itself, "
-            f"weights off by one part in ten million: {nudged['first_step']:.1e} and "
-            f"{nudged['median']:.1e}.",
+            "weights moved by one part in ten million at every step: "
+            f"{nudged['first_step']:.1e} and {nudged['median']:.1e}.",
             highlight=False,
         )
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from permattn.models.vision import BiFormer, BiFormerSTL, BiLevelRoutingAttention
+
 
 @dataclass(frozen=True, eq=False)
 class StageRoutes:
@@ -40,20 +42,19 @@ class StageRoutes:
 
 
 @torch.no_grad()
-def routes_of(model: nn.Module, image: Tensor) -> list[StageRoutes]:
+def routes_of(model: BiFormer | BiFormerSTL, image: Tensor) -> list[StageRoutes]:
     """The routing of every routed stage of a network for one image.
 
     Args:
-        model: a `permattn.models.vision` network, or any whose `stages` hold blocks with an `attn`
-            that answers `attn(x, ret_attn_mask=True)` as the released module does.
+        model: its `BiLevelRoutingAttention` are looked at; dense stages have no routes.
         image: [3, H, W], normalised.
     """
     found: list[StageRoutes] = []
     hooks = []
-    for number, stage in enumerate(model.stages, 1):  # type: ignore[arg-type]
-        attention = list(stage)[-1].attn
-        if hasattr(attention, "n_win"):
-            hooks.append(attention.register_forward_pre_hook(_recorder(number, found)))
+    for i in range(len(model.stages)):
+        attention = list(model.blocks(i))[-1].attn
+        if isinstance(attention, BiLevelRoutingAttention):
+            hooks.append(attention.register_forward_pre_hook(_recorder(i + 1, found)))
     was_training = model.training
     model.eval()
     try:
@@ -66,11 +67,11 @@ def routes_of(model: nn.Module, image: Tensor) -> list[StageRoutes]:
 
 
 def _recorder(number: int, found: list[StageRoutes]) -> Any:
-    def record(attention: Any, inputs: tuple[Tensor, ...]) -> None:
+    def record(attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(attention, BiLevelRoutingAttention)
         # Not the module's call, which would come back here.
         _, weights, graph, _ = attention.forward(inputs[0], ret_attn_mask=True)
-        n_win = attention.n_win
-        counts = (n_win, n_win) if isinstance(n_win, int) else (n_win[0], n_win[1])
-        found.append(StageRoutes(number, counts, graph[0].long().cpu(), weights[0].float().cpu()))
+        counts = (attention.n_win[0], attention.n_win[1])
+        found.append(StageRoutes(number, counts, graph[0].cpu(), weights[0].float().cpu()))
 
     return record

@@ -7,8 +7,8 @@ from typing import Any
 
 from permattn.cli.errors import UserError
 
-# What runs, in the order of a step. "nudged" is ours from weights off by one part in ten million:
-# how far rounding alone drives two trainings apart.
+# What runs, in the order of a step. "nudged" is ours with weights moved by one part in ten million
+# at every step: how far rounding alone drives two trainings apart.
 KINDS = ("dense", "gather", "ours", "nudged")
 MIN_STEPS = 2
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from permattn.cli.errors import UserError
-from permattn.cli.train_biformer.network import build
+from permattn.cli.train_biformer.network import build, nudge
 from permattn.cli.train_biformer.photographs import PhotoCrops
 from permattn.cli.train_biformer.settings import Settings
+from permattn.models.vision import BiFormer
 
 _EVALUATION_BATCH = 96
 
@@ -38,7 +39,7 @@ class Run:
     """
 
     kind: str
-    model: nn.Module
+    model: BiFormer
     optimiser: torch.optim.Optimizer
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -81,8 +82,10 @@ class Trainer:
                 # Drop path: the same paths for all runs.
                 torch.manual_seed(1_000_003 * s.seed + self.step)
                 loss = self._update(run, images, labels)
-            _wait(s.device)
-            run.seconds.append(time.perf_counter() - start)
+                _wait(s.device)
+                run.seconds.append(time.perf_counter() - start)
+                if run.kind == "nudged":
+                    nudge(run.model)
             run.losses.append(loss)
         self.step += 1
         if self.step % s.evaluate_every == 0 or self.step == s.steps:
