@@ -58,9 +58,10 @@ def test_network_compiles_whole_and_trains():
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     compiled(x).square().sum().backward()
     want(x).square().sum().backward()
+    # Biases before a batch norm have no gradient but roundings of the others' size.
+    size = max(float(p.grad.abs().max()) for p in want.parameters())
     for a, b in zip(net.parameters(), want.parameters(), strict=True):
-        scale = float(b.grad.abs().max())
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * scale)
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5 * size)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
