@@ -31,7 +31,7 @@ _SINGLE: dict[tuple[Kernel, int], tuple[int, int]] = {
     ("dq", 64): (16, 32),
     ("dkdv", 64): (32, 32),
 }
-# Rows of a tile that no cell fills are work for nothing: at most this share of a region's cells.
+# Rows that no cell fills are work for nothing: at most this share more than with the least tiles.
 _MOST_IDLE = 0.25
 
 
@@ -91,15 +91,17 @@ def select_region_tiles(
     if element_size == 4:
         return RegionTiles(Config(block_m, block_n, 8 if width > 64 else 4, 1, 255), span)
     # One warp multiplies 16 rows; four make the group that the newest instructions want.
-    warps = min(8, max(1, block_m // 16))
+    warps = min(8, block_m // 16)
     if width > 64:
-        warps = max(warps, 4)
-    return RegionTiles(Config(block_m, block_n, warps, 2), span)
+        # Rows twice as wide fill the registers of twice as many.
+        warps = 8 if block_m > 32 or width > 128 else 4
+    return RegionTiles(Config(block_m, block_n, warps, 2, 255), span)
 
 
 def staying_tile(cells: int, largest: int) -> int:
-    """The largest power of two, 16 to `largest`, whose tiles are nearly full of `cells`."""
+    """The largest power of two, 16 to `largest`, whose tiles are nearly as full as the least ones."""
     tile = min(largest, max(MIN_TILE, next_power_of_2(cells)))
-    while tile > MIN_TILE and -(-cells // tile) * tile > (1 + _MOST_IDLE) * cells:
+    least = -(-cells // MIN_TILE) * MIN_TILE
+    while -(-cells // tile) * tile > (1 + _MOST_IDLE) * least:
         tile //= 2
     return tile

@@ -3,11 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-from permattn.triton_kernels.config import next_power_of_2
 from torch import Tensor
 
 # Places of a graph that a program looks at in one step.
-MAX_STEP = 1024
+PLACES_PER_STEP = 512
 
 
 @triton.jit(do_not_specialize=["num_places", "num_regions"])
@@ -59,11 +58,10 @@ def launch_reverse_graph(graph: Tensor, num_kv_regions: int) -> tuple[Tensor, Te
     num_places = num_q_regions * topk
     offsets = graph.new_empty(batch, heads, num_kv_regions + 1)
     entries = torch.empty_like(graph).view(batch, heads, num_places)
-    step = min(MAX_STEP, max(32, next_power_of_2(num_places)))
     if graph.numel():
         reverse_graph_kernel[(batch * heads * (num_kv_regions + 1),)](
             *(graph, offsets, entries, num_places, num_kv_regions),
-            STEP=step,
-            num_warps=max(1, min(4, step // 256)),
+            STEP=PLACES_PER_STEP,
+            num_warps=2,
         )
     return offsets, entries

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from permattn.block_mass import block_mass
 from permattn.core import AttnPlan, QuantSpec
 from permattn.core.prepare import PrepareArgs
 from permattn.core.problem import FwdArgs
+from permattn.core.regions import RegionArgs, RegionBwdArgs, RouteArgs
 from permattn.patterns.dense import plan_dense
 from permattn.testing import (
     assert_within,
@@ -27,6 +29,7 @@ from permattn.testing import (
 sys.path.insert(0, str(Path(__file__).parents[1] / "triton"))
 cases = importlib.import_module("kernel_cases")
 quantised = importlib.import_module("quantised_cases")
+regions = importlib.import_module("region_cases")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -163,6 +166,78 @@ def test_block_masses_are_the_references(dtype):
     torch.testing.assert_close(ours.sums, want.sums, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.maxima, want.maxima, rtol=1e-4, atol=1e-6)
     assert float((ours.small - want.small).abs().max()) <= 4
+
+
+@pytest.mark.parametrize("case", regions.CASES, ids=str)
+def test_regions_are_within_the_bound(case):
+    regions.check_case(case, "cuda")
+
+
+def stage(side: int, dtype: torch.dtype, **facts) -> RegionArgs:
+    """7 x 7 regions of side x side tokens, of which each looks at 64 keys, at four heads of 32."""
+    size = (1, 7 * side, 7 * side)
+    facts = {"layout": "packed", "dtype": dtype, "heads": 4, "dim": 32, "batch": 4, **facts}
+    topk = max(1, 64 // side**2)
+    case = regions.Case("stage", size, (1, side, side), topk, lists=(4, 1), **facts)
+    return case.arguments("cuda")
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).removeprefix("torch."))
+@pytest.mark.parametrize("side", [8, 4, 2], ids=["stage1", "stage2", "stage3"])
+def test_stages_agree_with_the_reference_and_runs_are_bit_identical(side, dtype, weighted):
+    args = stage(side, dtype, weighted=weighted)
+    ours, again = regions.run_kernels(args), regions.run_kernels(args)
+    plain = regions.run_dense(args)
+    exact = regions.run_kernels(regions.in_double(args), "reference")
+    for name, value in ours.items():
+        assert torch.equal(value, again[name]), name
+        if name == "lse":
+            torch.testing.assert_close(value.double(), exact[name], atol=1e-5, rtol=1e-5)
+            continue
+        size = float(exact[name].abs().max())
+        assert_within(value, plain[name], exact[name], name, cancelled=size)
+
+
+def test_regions_out_of_range_are_hidden_on_a_gpu():
+    args = stage(4, torch.float32)
+    graph = args.graph.clone()
+    graph[:, :, 3], graph[:, :, 5, 1] = 49, -1
+    args = replace(args, graph=graph)
+    ours, want = (regions.run_kernels(x, y) for x, y in ((args, "triton"), (args, "reference")))
+    for name, value in ours.items():
+        torch.testing.assert_close(value, want[name], rtol=1e-4, atol=1e-4)
+
+
+def test_routing_and_regions_are_captured_in_a_graph():
+    args = stage(4, torch.bfloat16)
+
+    def step():
+        found, _ = triton.route(RouteArgs(args.q, args.k, args.q_box, args.kv_box, 4, 1.0))
+        call = replace(args, graph=found[:, None])
+        out, lse = triton.attend_regions(call)
+        return out, *triton.attend_regions_backward(RegionBwdArgs(call, out, lse, out, lse))[:3]
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    args.q.copy_(torch.randn_like(args.q))
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(captured, step(), strict=True))
+
+
+@pytest.mark.parametrize("side", [8, 2], ids=["stage1", "stage3"])
+def test_routes_are_the_references(side):
+    args = stage(side, torch.bfloat16)
+    call = RouteArgs(args.q, args.k, args.q_box, args.kv_box, 16, 0.5)
+    found, values = triton.route(call)
+    exact = replace(call, q=args.q.double(), k=args.k.double())
+    want, want_values = reference.route(exact)
+    # Affinities that lie closer than float32 can tell may change places.
+    torch.testing.assert_close(values.double(), want_values, rtol=1e-5, atol=1e-5)
+    assert float((found != want).double().mean()) < 0.02
 
 
 def test_auto_takes_triton_on_a_gpu():

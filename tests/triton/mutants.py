@@ -34,6 +34,10 @@ SUITES = {
     "rounding.py": ("prepare", "quantised"),
     "quantised.py": ("quantised",),
     "block_mass.py": ("block_mass",),
+    **dict.fromkeys(
+        ("regions_map.py", "regions_fwd.py", "regions_bwd.py", "regions_reverse.py", "route.py"),
+        ("regions",),
+    ),
 }
 SMALL = ("quantised",)
 
@@ -385,6 +389,98 @@ MUTANTS = (
     ),
     Mutant("mass-range-unchecked", "block_mass.py", "tl.where(m_block, i_block, -1)", "i_block"),
     Mutant("mass-kv-head", "block_mass.py", "i_h // group, k_strides", "i_h % 2, k_strides"),
+    Mutant("region-of-next-column", "regions_map.py", "o_cell % BOX[2]", "o_cell % BOX[1]"),
+    Mutant(
+        "region-row-hangs-over", "regions_map.py", "(b_y < size[1]) & (b_x", "(b_y >= 0) & (b_x"
+    ),
+    Mutant("region-column-hangs-over", "regions_map.py", "(b_x < size[2])", "(b_x >= 0)"),
+    Mutant("region-frame-hangs-over", "regions_map.py", "(b_t < size[0]) &", "(b_t >= 0) &"),
+    Mutant("region-last-box-uncounted", "regions_map.py", "(size[2] + BOX[2] - 1)", "size[2]"),
+    Mutant("region-cells-in-32-bits", "regions_map.py", "cell[2].to(tl.int64)", "cell[2]"),
+    Mutant("region-channels-in-32-bits", "regions_map.py", "o_d.to(tl.int64)[None", "o_d[None"),
+    Mutant(
+        "region-number-unchecked", "regions_map.py", "(b_number < num_named)", "(b_number >= 0)"
+    ),
+    Mutant(
+        *(
+            "region-number-below-unchecked",
+            "regions_map.py",
+            "(b_number >= 0) &",
+            "(b_number < 9) &",
+        )
+    ),
+    Mutant("region-lane-tail", "regions_map.py", "o_lane < num_lanes", "o_lane >= 0"),
+    Mutant(
+        "region-place-tail", "regions_map.py", "m_lane = o_cell < CELLS", "m_lane = o_cell >= 0"
+    ),
+    Mutant("region-graph-of-next-head", "regions_map.py", "i_h * rows[1]", "(i_h + 1) * rows[1]"),
+    Mutant(
+        "region-keys-outside-are-read",
+        "regions_fwd.py",
+        "m_kv = m_named & m_held",
+        "m_kv = m_named",
+    ),
+    Mutant(
+        *("region-padding-never-counts", "regions_fwd.py"),
+        *("m_named if COUNT_PADDING else m_kv", "m_kv if COUNT_PADDING else m_kv"),
+    ),
+    Mutant(
+        *("region-no-rescale", "regions_fwd.py"),
+        *("b_acc * b_shrink[:, None]", "b_acc", True),
+    ),
+    Mutant("region-cells-past-the-box", "regions_fwd.py", "& (o_cell < CELLS)", "& (o_cell >= 0)"),
+    Mutant(
+        *("region-score-unweighted", "regions_fwd.py"),
+        *("b_score = b_score * b_weight[None, :]", "b_score = b_score"),
+    ),
+    Mutant(
+        "region-value-unweighted", "regions_fwd.py", "b_p = b_p * b_weight[None, :]", "b_p = b_p"
+    ),
+    Mutant("region-head-order", "regions_fwd.py", "// NUM_TILES % num_heads", "% num_heads"),
+    Mutant(
+        "region-delta-without-dlse",
+        "regions_bwd.py",
+        "b_delta -= tl.load",
+        "b_delta -= 0 * tl.load",
+    ),
+    Mutant("region-dq-unscaled", "regions_bwd.py", "b_dq * scale, D", "b_dq, D", True),
+    Mutant("region-dk-unscaled", "regions_bwd.py", "b_dk * scale, D", "b_dk, D", True),
+    Mutant(
+        "region-dead-queries-are-read",
+        "regions_bwd.py",
+        '& (b_lse != float("-inf"))',
+        "& (b_lse < 1e30)",
+    ),
+    Mutant(
+        *("region-weight-sums-run-on", "regions_bwd.py"),
+        *("tl.where(i_lane % SPAN == 0, 0.0, b_sum)", "b_sum"),
+    ),
+    Mutant(
+        *("region-weight-sums-without-values", "regions_bwd.py"),
+        *("b_ds * b_dot * scale + b_p * b_dp", "b_ds * b_dot * scale"),
+    ),
+    Mutant("region-of-entry", "regions_bwd.py", "b_entry // topk", "b_entry % num_q_regions"),
+    Mutant("region-list-of-batch", "regions_bwd.py", "i_b * graph_rows[0] + i_h", "i_h"),
+    Mutant("region-reverse-rank", "regions_reverse.py", "b_rank - 1", "b_rank - 2"),
+    Mutant("region-reverse-range", "regions_reverse.py", "(b_region >= 0) &", "(b_region >= -1) &"),
+    Mutant(
+        "region-reverse-tail",
+        "regions_reverse.py",
+        "m_place, b_region,",
+        "m_place | m_named, b_region,",
+    ),
+    Mutant("route-mean-of-the-box", "route.py", "tl.sum(b_held, 0).to(tl.float32)", "CELLS"),
+    Mutant("route-ties-go-up", "route.py", "(0x7FFFFFFF - b_column)", "b_column", True),
+    Mutant(
+        "route-signs",
+        "route.py",
+        "b_bits ^ 0x7FFFFFFF, b_bits)\n    return (b_bits.to",
+        "b_bits, b_bits)\n    return (b_bits.to",
+    ),
+    Mutant("route-negative-zero", "route.py", "b_x + 0.0", "b_x"),
+    Mutant(
+        "route-columns-that-are-not", "route.py", "tl.where(m_column[None, :], b_key, LOW)", "b_key"
+    ),
 )
 
 
@@ -450,6 +546,7 @@ def main() -> int:
     import kernel_cases  # noqa: F401
     import probe_cases  # noqa: F401
     import quantised_cases  # noqa: F401
+    import region_cases  # noqa: F401
 
     chosen: list[Mutant | None] = [m for m in MUTANTS if m.fast or not args.fast]
     if not args.fast:

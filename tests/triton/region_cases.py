@@ -99,7 +99,10 @@ CASES = (
     Case("soft-per-head", (1, 4, 8), (1, 4, 4), 2, weighted=True, lists=(1, 2)),
     Case(
         *("soft-counted", (1, 5, 6), (1, 2, 4), 2),
-        **{"weighted": True, "count_padding": True, "dtype": HALF, "heads": 1},
+        weighted=True,
+        count_padding=True,
+        dtype=HALF,
+        heads=1,
     ),
     Case("soft-large", (1, 6, 18), (1, 6, 9), 2, weighted=True, heads=1),
     Case("video", (4, 4, 6), (2, 2, 3), 3, heads=1, dtype=BRAIN, dim=32),

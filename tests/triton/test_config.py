@@ -13,6 +13,7 @@ from permattn.triton_kernels.config import (
     select_config,
     select_quantised_config,
 )
+from permattn.triton_kernels.regions_config import select_region_tiles, staying_tile
 
 KERNELS = ("fwd", "dq", "dkdv")
 
@@ -116,3 +117,37 @@ def test_head_dims_are_padded_to_powers_of_two(dim, padded):
 def test_what_no_kernel_takes_is_refused(facts):
     with pytest.raises(ValueError, match="select_config"):
         choose("fwd", **facts)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("element_size", [2, 4], ids=["16-bit", "32-bit"])
+def test_regions_of_every_size_have_tiles(kernel, element_size):
+    sizes, dims = (1, 4, 6, 16, 24, 49, 64, 77, 256, 273), (1, 24, 32, 96, 256)
+    for cells, streamed, dim, aligned in product(sizes, sizes, dims, (False, True)):
+        facts = {"head_dim": dim, "head_dim_v": dims[-1 - dims.index(dim)], "aligned": aligned}
+        facts |= {"cells": cells, "streamed_cells": streamed, "element_size": element_size}
+        tiles = select_region_tiles(kernel, **facts)
+        config, span = tiles.config, tiles.span
+        for tile in (config.block_m, config.block_n):
+            assert tile >= 16
+            assert tile & (tile - 1) == 0
+        assert config.num_warps in (1, 2, 4, 8)
+        if aligned:
+            assert span % config.block_n == 0 and 0 <= span - streamed < config.block_n
+        else:
+            assert span == streamed
+
+
+@pytest.mark.parametrize(
+    ("cells", "tile"),
+    [(1, 16), (16, 16), (24, 32), (49, 64), (64, 64), (77, 32), (256, 128), (273, 64)],
+)
+def test_a_tile_leaves_few_rows_idle(cells, tile):
+    assert staying_tile(cells, 128) == tile
+
+
+@pytest.mark.parametrize("facts", [{"head_dim": 257}, {"element_size": 8}], ids=str)
+def test_regions_that_no_kernel_takes_are_refused(facts):
+    defaults = {"head_dim": 32, "head_dim_v": 32, "element_size": 2}
+    with pytest.raises(ValueError, match="select_region_tiles"):
+        select_region_tiles("fwd", cells=4, streamed_cells=4, **{**defaults, **facts})

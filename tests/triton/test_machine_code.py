@@ -49,8 +49,12 @@ def test_lengths_do_not_compile_anew():
     counts = json.loads(done.stdout.splitlines()[-1])
     probe = {f"probe_{name}_kernel" for name in ("total", "lse", "mass", "edge")}
     others = {"delta_kernel", "dq_kernel", "dkdv_kernel", "block_mass_kernel"} | probe
-    # fwd: plain and of small numbers; prepare: rows of q, k and v.
-    assert counts == {**dict.fromkeys(others, 1), "fwd_kernel": 2, "prepare_kernel": 3}
+    others |= {f"region_{name}_kernel" for name in ("fwd", "dq", "dkdv", "mean")}
+    others.add("reverse_graph_kernel")
+    # fwd: plain and of small numbers; prepare: rows of q, k and v; route: a power of two of key
+    # regions, from 16 to 1024, here four of them.
+    several = {"fwd_kernel": 2, "prepare_kernel": 3, "route_kernel": 4}
+    assert counts == {**dict.fromkeys(others, 1), **several}
 
 
 def test_every_row_of_the_table_holds_what_is_promised():
@@ -64,6 +68,8 @@ def test_table_has_every_kernel_of_every_architecture(arch):
     _, rows = table.read_table()
     kernels = {row["kernel"] for row in rows.values() if row["arch"] == arch}
     assert kernels >= {"fwd_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"}
+    assert kernels >= {"region_fwd_kernel", "region_dq_kernel", "region_dkdv_kernel"}
+    assert kernels >= {"region_mean_kernel", "route_kernel", "reverse_graph_kernel"}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
-from launch_cases import CASES, EVERY, AnyCase, Case, MassCase, ProbeCase, QuantCase
+from launch_cases import CASES, EVERY, AnyCase, Case, MassCase, ProbeCase, QuantCase, RegionCase
 from permattn.core.quant import QuantSpec
 from permattn.triton_kernels import launch
 from triton.backends.compiler import GPUTarget
@@ -92,13 +92,19 @@ def compile_case(case: AnyCase, arch: int) -> list[dict[str, Any]]:
 def kernels_of_lengths(lengths: list[int]) -> dict[str, int]:
     """How many different kernels one case compiles to over all lengths, by name."""
     kernels = collections.defaultdict(set)
-    for length, way in itertools.product(lengths, ("fwd", "bwd", "probe", "quant", "mass")):
+    ways = ("fwd", "bwd", "probe", "quant", "mass", "region-fwd", "region-bwd", "region-route")
+    for length, way in itertools.product(lengths, ways):
         case: AnyCase
         if way == "probe":
             case = ProbeCase("order", 64, torch.bfloat16, 64, (90,), length)
         elif way == "quant":
             spec = QuantSpec("int8", "int8", smooth_k=True)
             case = QuantCase("dense", spec, "pairs", torch.bfloat16, 64, (90,), length)
+        elif way.startswith("region-"):
+            # A map has as many tokens as the square.
+            side = 1 + length % 32
+            facts = ((2, 2), "plain", torch.bfloat16, 32, (90,), side)
+            case = RegionCase(way.removeprefix("region-"), *facts)
         elif way == "mass":
             case = MassCase(64, torch.bfloat16, 64, (90,), length)
         else:

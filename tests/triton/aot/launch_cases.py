@@ -178,7 +178,60 @@ class MassCase:
         block_mass_kernels(BlockMassArgs(q, q[:, :KV_HEADS], *facts))
 
 
-AnyCase = Case | ProbeCase | QuantCase | MassCase
+@dataclass(frozen=True)
+class RegionCase:
+    """Attention from region to region of one stage, or the routing before it.
+
+    Args:
+        direction: "fwd", "bwd" or "route".
+        box: rows and columns of a region; the map has 7 x 7 regions.
+        variant: "plain"; "soft" = weights, and boxes that hang over a map whose padding counts;
+            "nchw" = channels first; "video" = several frames.
+        regions: regions per axis.
+    """
+
+    direction: str
+    box: tuple[int, int]
+    variant: str
+    dtype: torch.dtype
+    head_dim: int
+    archs: tuple[int, ...]
+    regions: int = 7
+
+    @property
+    def name(self) -> str:
+        cells, dtype = self.box[0] * self.box[1], str(self.dtype).removeprefix("torch.")
+        return f"region-{self.direction}-n{cells}-{self.variant}-{dtype}-d{self.head_dim}"
+
+    def launch(self) -> None:
+        from permattn.backends import triton
+        from permattn.core.regions import RegionArgs, RegionBwdArgs, RouteArgs
+
+        soft, frames = self.variant == "soft", 2 if self.variant == "video" else 1
+        height, width = (self.regions * x - (soft and x > 1) for x in self.box)
+        shape = (2, HEADS, frames, height, width)
+        x = torch.zeros(2, frames, height, width, 3, HEADS, self.head_dim, dtype=self.dtype)
+        q, k, v = x.unbind(4)
+        if self.variant == "nchw":
+            q, k, v = (y.flatten(4).permute(0, 4, 1, 2, 3).contiguous() for y in (q, k, v))
+            q, k, v = (y.unflatten(1, (HEADS, -1)).permute(0, 1, 3, 4, 5, 2) for y in (q, k, v))
+        else:
+            q, k, v = (y.permute(0, 4, 1, 2, 3, 5) for y in (q, k, v))
+        box = (frames, *self.box)
+        if self.direction == "route":
+            triton.route_kernels(RouteArgs(q, k, box, box, 4, 1.0))
+            return
+        graph = torch.zeros(2, 1, self.regions**2, 4, dtype=torch.int32)
+        weights = graph.float() if soft else None
+        args = RegionArgs(q, k, v, graph, weights, box, box, soft, 0.125)
+        lse = torch.zeros(shape)
+        if self.direction == "fwd":
+            triton.region_forward_kernels(args, v, lse)
+        else:
+            triton.region_backward_kernels(RegionBwdArgs(args, v, lse, v, lse))
+
+
+AnyCase = Case | ProbeCase | QuantCase | MassCase | RegionCase
 
 
 def make_plan(kind: str, tokens: int) -> AttnPlan:
@@ -235,7 +288,7 @@ def _cases() -> tuple[AnyCase, ...]:
     cases += [ProbeCase("order", *facts, SAMPLE) for facts in shapes]
     masses = [MassCase(64, BRAIN, dim, WITH_FLOAT8) for dim in (64, 128)]
     masses += [MassCase(128, BRAIN, 128, SAMPLE), MassCase(64, SINGLE, 64, SAMPLE)]
-    return (*cases, *_quantised_cases(), *masses)
+    return (*cases, *_quantised_cases(), *masses, *_region_cases())
 
 
 def _quantised_cases() -> list[QuantCase]:
@@ -255,6 +308,28 @@ def _quantised_cases() -> list[QuantCase]:
     spec = QuantSpec("int4", "int4", 16, 64, balance=True)
     cases.append(QuantCase("orders", spec, "across", HALF, 128, SAMPLE))
     cases.append(QuantCase("orders", QuantSpec("int8"), "none", SINGLE, 64, SAMPLE))
+    return cases
+
+
+def _region_cases() -> list[RegionCase]:
+    """The stages at 224 and 512, forward, backward and routing; other shapes by sample."""
+    cases = []
+    sides = (2, 4, 8, 16)
+    for way in ("fwd", "bwd"):
+        cases += [RegionCase(way, (s, s), "plain", BRAIN, 32, EVERY) for s in sides]
+        sampled = [((2, 2), "nchw", BRAIN, 32), ((8, 8), "nchw", BRAIN, 32)]
+        sampled += [((4, 4), "soft", BRAIN, 32), ((8, 8), "soft", BRAIN, 128)]
+        sampled += [
+            ((2, 2), "soft", BRAIN, 128),
+            ((7, 11), "plain", HALF, 64),
+            ((8, 8), "video", BRAIN, 32),
+        ]
+        sampled += [((8, 8), "plain", BRAIN, dim) for dim in (96, 256)]
+        sampled += [((8, 8), "plain", SINGLE, dim) for dim in (32, 128)]
+        cases += [RegionCase(way, *facts, SAMPLE) for facts in sampled]
+    cases += [RegionCase("route", (s, s), "plain", BRAIN, 32, EVERY) for s in (2, 8)]
+    cases.append(RegionCase("route", (2, 2), "plain", SINGLE, 32, SAMPLE, 16))
+    cases.append(RegionCase("route", (1, 1), "nchw", BRAIN, 32, SAMPLE, 32))
     return cases
 
 

@@ -22,7 +22,8 @@ TABLE = HERE / "machine_code.json"
 CORE_CASES = (
     r"^(fwd|bwd)-(dense|gather)-bfloat16-d128$|^fwd-dense-bfloat16-d64$"
     r"|^probe-order-r64-bfloat16-d128$|^quant-orders-int8-(int8-r64-pairs|fp8-r64-none)-bfloat16-d128$"
-    r"|^mass-b64-bfloat16-d128$"
+    r"|^mass-b64-bfloat16-d128$|^region-(fwd|bwd)-n4-plain-bfloat16-d32$"
+    r"|^region-route-n64-plain-bfloat16-d32$"
 )
 CORE_ARCHS = (80, 90, 120)
 # Bytes of shared memory that one block may use.
@@ -38,6 +39,7 @@ WARP_GROUP_ROWS = 64
 MULTIPLYING = (
     *("fwd_kernel", "dq_kernel", "dkdv_kernel"),
     *("probe_total_kernel", "probe_mass_kernel", "block_mass_kernel"),
+    *("region_fwd_kernel", "region_dq_kernel", "region_dkdv_kernel"),
 )
 MAY_SPILL = re.compile(r"^(fwd|bwd)-.*-float32-d256$|^mass-.*-float32-")
 
