@@ -9,6 +9,9 @@ WORKERS ?= auto
 PYTEST_ARGS ?= -n $(WORKERS) --maxprocesses 8 --dist worksteal
 # Installed before anything that has a range on torch, so that no range ever chooses a build by itself.
 TORCH ?= torch==2.13.0
+# For the tests alone, and without what it asks for: timm wants torchvision, each of whose wheels wants
+# one build of torch. The tests need none of it; the rest comes with the test extra.
+TIMM ?= timm==1.0.31
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -29,7 +32,7 @@ help: ## Lists the targets.
 demo: $(VENV)/.installed ## Prefills a long video prompt dense and sparse, and shows speed, error and a picture.
 	$(BIN)/permattn demo $(ARGS)
 
-test: $(VENV)/.installed ## Runs the whole test suite on the CPU.
+test: $(VENV)/.test ## Runs the whole test suite on the CPU.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
 
 lint: $(VENV)/.lint ## Checks style and types: ruff, mypy, clang-format.
@@ -71,6 +74,10 @@ $(VENV)/.torch:
 
 $(VENV)/.installed: $(VENV)/.torch $(BUILD_FILES)
 	$(PIP) install -q --no-build-isolation -c $(PIN) -e '.[test,triton]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(PIP) install -q --no-deps '$(TIMM)'
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.installed
