@@ -99,7 +99,7 @@ def select_region_tiles(
 
 
 def staying_tile(cells: int, largest: int) -> int:
-    """The largest power of two, 16 to `largest`, whose tiles are nearly as full as the least ones."""
+    """The largest power of two, 16 to `largest`, whose tiles are nearly as full as the least."""
     tile = min(largest, max(MIN_TILE, next_power_of_2(cells)))
     least = -(-cells // MIN_TILE) * MIN_TILE
     while -(-cells // tile) * tile > (1 + _MOST_IDLE) * least:

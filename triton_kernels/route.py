@@ -172,9 +172,9 @@ def launch_route(mean_q: Tensor, mean_k: Tensor, topk: int, scale: float) -> tup
             ROWS=rows,
             COLUMNS=columns,
             STEP=CHANNEL_STEP,
-            num_warps=4 if columns <= MAX_KEY_REGIONS // 4 else 8,
+            num_warps=4 if columns < 256 else 8,
             # Two steps of many key regions would not fit into shared memory.
-            num_stages=2 if columns <= MAX_KEY_REGIONS // 4 else 1,
+            num_stages=2 if columns <= 256 else 1,
             maxnreg=255,
         )
     return graph, values

@@ -34,10 +34,8 @@ SUITES = {
     "rounding.py": ("prepare", "quantised"),
     "quantised.py": ("quantised",),
     "block_mass.py": ("block_mass",),
-    **dict.fromkeys(
-        ("regions_map.py", "regions_fwd.py", "regions_bwd.py", "regions_reverse.py", "route.py"),
-        ("regions",),
-    ),
+    **dict.fromkeys(("regions_map.py", "regions_fwd.py", "regions_bwd.py"), ("regions",)),
+    **dict.fromkeys(("regions_reverse.py", "route.py"), ("routing",)),
 }
 SMALL = ("quantised",)
 
@@ -466,8 +464,8 @@ MUTANTS = (
     Mutant(
         "region-reverse-tail",
         "regions_reverse.py",
-        "m_place, b_region,",
-        "m_place | m_named, b_region,",
+        "tl.where(m_place, b_region, num_regions + 1)",
+        "b_region",
     ),
     Mutant("route-mean-of-the-box", "route.py", "tl.sum(b_held, 0).to(tl.float32)", "CELLS"),
     Mutant("route-ties-go-up", "route.py", "(0x7FFFFFFF - b_column)", "b_column", True),
