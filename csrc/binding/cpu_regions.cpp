@@ -23,8 +23,10 @@ RegionGrid grid_of(const Tensor& x, const int64_t* box) {
   constexpr int64_t kMostCells = int64_t{1} << 28;
   RegionGrid grid{};
   for (int i = 0; i < 3; ++i) {
-    STD_TORCH_CHECK(box[i] >= 1 && box[i] <= INT32_MAX && x.size(2 + i) >= 1, "boxes: wants 1 or "
-                    "more tokens, got ", box[i], " of ", x.size(2 + i));
+    STD_TORCH_CHECK(box[i] >= 1 && box[i] <= INT32_MAX && x.size(2 + i) >= 1,
+                    "boxes: wants 1 or "
+                    "more tokens, got ",
+                    box[i], " of ", x.size(2 + i));
     grid.size[i] = x.size(2 + i);
     grid.box[i] = box[i];
     grid.counts[i] = (grid.size[i] + box[i] - 1) / box[i];
@@ -61,8 +63,7 @@ const float* per_token(const Tensor& x, const char* name, const RegionParams& p)
 RegionParams region_params_of(const Tensor& q, const Tensor& k, const Tensor& v,
                               const Tensor& graph, const std::optional<Tensor>& weights,
                               const Tensor& out, const Tensor& lse,
-                              const std::vector<int64_t>& boxes, bool count_padding,
-                              double scale) {
+                              const std::vector<int64_t>& boxes, bool count_padding, double scale) {
   STD_TORCH_CHECK(q.dim() == 6 && k.dim() == 6 && v.dim() == 6 && graph.dim() == 4,
                   "q, k, v, graph: want 6, 6, 6 and 4 axes");
   STD_TORCH_CHECK(boxes.size() == 6, "boxes: wants 6 integers, got ", boxes.size());
@@ -107,17 +108,43 @@ RegionParams region_params_of(const Tensor& q, const Tensor& k, const Tensor& v,
 
 void cpu_attend_regions(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& graph,
                         std::optional<Tensor> weights, const Tensor& out, const Tensor& lse,
-                        std::vector<int64_t> boxes, bool count_padding, double scale,
-                        int64_t isa) {
+                        std::vector<int64_t> boxes, bool count_padding, double scale, int64_t isa) {
   cpu::attend_regions(
-      region_params_of(q, k, v, graph, weights, out, lse, boxes, count_padding, scale),
-      isa_of(isa), torch_pool());
+      region_params_of(q, k, v, graph, weights, out, lse, boxes, count_padding, scale), isa_of(isa),
+      torch_pool());
+}
+
+// dweights is zeros on entry.
+void cpu_attend_regions_backward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const Tensor& graph, std::optional<Tensor> weights,
+                                 const Tensor& out, const Tensor& lse, const Tensor& dout,
+                                 const Tensor& dlse, const Tensor& dq, const Tensor& dk,
+                                 const Tensor& dv, std::optional<Tensor> dweights,
+                                 std::vector<int64_t> boxes, bool count_padding, double scale,
+                                 int64_t isa) {
+  RegionBwdParams b{};
+  RegionParams& p = b.forward;
+  p = region_params_of(q, k, v, graph, weights, out, lse, boxes, count_padding, scale);
+  const ScalarType dtype = q.scalar_type();
+  b.dout = map_view_of(dout, "dout", dtype, shape_of(q, p.head_dim_v));
+  b.dlse = per_token(dlse, "dlse", p);
+  b.dq = map_view_of(dq, "dq", dtype, shape_of(q, p.head_dim));
+  b.dk = map_view_of(dk, "dk", dtype, shape_of(k, p.head_dim));
+  b.dv = map_view_of(dv, "dv", dtype, shape_of(v, p.head_dim_v));
+  if (dweights.has_value()) {
+    STD_TORCH_CHECK(dweights->scalar_type() == ScalarType::Float && dweights->is_contiguous() &&
+                        dweights->numel() == p.batch * p.heads * p.q_grid.num_regions() * p.topk,
+                    "dweights: wants contiguous float32 [B, M, Rq, topk]");
+    b.dweights = static_cast<float*>(dweights->data_ptr());
+  }
+  cpu::attend_regions_backward(b, isa_of(isa), torch_pool());
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(permattn_native, CPU, m) {
   m.impl("cpu_attend_regions", TORCH_BOX(&cpu_attend_regions));
+  m.impl("cpu_attend_regions_backward", TORCH_BOX(&cpu_attend_regions_backward));
 }
 
 }  // namespace permattn::binding

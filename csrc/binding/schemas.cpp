@@ -32,5 +32,10 @@ STABLE_TORCH_LIBRARY(permattn_native, m) {
       "cpu_attend_regions(Tensor q, Tensor k, Tensor v, Tensor graph, Tensor? weights, "
       "Tensor(a!) out, Tensor(b!) lse, int[] boxes, bool count_padding, float scale, int isa) -> "
       "()");
+  m.def(
+      "cpu_attend_regions_backward(Tensor q, Tensor k, Tensor v, Tensor graph, Tensor? weights, "
+      "Tensor out, Tensor lse, Tensor dout, Tensor dlse, Tensor(a!) dq, Tensor(b!) dk, "
+      "Tensor(c!) dv, Tensor(d!)? dweights, int[] boxes, bool count_padding, float scale, "
+      "int isa) -> ()");
   m.def("cpu_best_isa() -> int");
 }

@@ -44,12 +44,12 @@ struct RegionParams {
 };
 
 struct RegionBwdParams {
-  RegionParams forward;    // with its results
-  MapView dout;            // [B, M, T, H, W, Dv]
-  const float* dlse;       // [B, M, T, H, W], contiguous
-  MapView dq, dk, dv;      // written whole
-  float* dweights;         // [B, M, Rq, topk], contiguous, zeros on entry: heads that share a tile
-                           // add to the first of them; or null
+  RegionParams forward;  // with its results
+  MapView dout;          // [B, M, T, H, W, Dv]
+  const float* dlse;     // [B, M, T, H, W], contiguous
+  MapView dq, dk, dv;    // written whole
+  float* dweights;       // [B, M, Rq, topk], contiguous, zeros on entry: heads that share a tile
+                         // add to the first of them; or null
 };
 
 }  // namespace permattn

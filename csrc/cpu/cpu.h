@@ -39,5 +39,6 @@ void forward_quantised(const FwdParams& params, const QuantisedCall& call, Isa i
 
 // Attention from region to region.
 void attend_regions(const RegionParams& params, Isa isa, const Pool& pool);
+void attend_regions_backward(const RegionBwdParams& params, Isa isa, const Pool& pool);
 
 }  // namespace permattn::cpu

@@ -80,4 +80,39 @@ void attend_regions(const RegionParams& p, Isa isa, const Pool& pool) {
   });
 }
 
+void attend_regions_backward(const RegionBwdParams& b, Isa isa, const Pool& pool) {
+  const RegionParams& p = b.forward;
+  const int64_t regions = p.q_grid.num_regions(), kv_regions = p.kv_grid.num_regions();
+  if (p.batch * p.heads == 0) return;
+  const RegionKernels kernels = select_region_kernels(isa, p.dtype, true);
+  const int32_t abreast = heads_abreast(p, kernels.lanes);
+  const int64_t groups = p.heads >> abreast;
+  const int64_t units = p.batch * groups;
+  // One task a unit shares scores between dQ and dK, but only so many threads can work.
+  const int64_t rounds = ceil_div(units, pool.num_threads);
+  const bool whole = 2 * rounds * pool.num_threads <= 3 * units;
+  const int64_t runs = whole ? 1 : num_runs(pool, units, regions);
+  const int64_t kv_runs = whole ? 0 : num_runs(pool, units, kv_regions);
+  const int64_t cost = region_cost(p, 1 << abreast) * regions;
+  std::vector<int64_t> costs(units * runs, cost / runs);
+  if (!whole) costs.resize(units * (runs + kv_runs), cost / kv_runs);
+  run_tiles(pool, costs, kernels.backward_scratch[abreast](p), [&](int64_t i, std::byte* scratch) {
+    const bool is_dkv = i >= units * runs;
+    const int64_t at = is_dkv ? i - units * runs : i;
+    const int64_t per_unit = is_dkv ? kv_runs : runs;
+    const int64_t unit = at / per_unit, run = at % per_unit;
+    RegionBwdTask task{&b, unit / groups, unit % groups << abreast, 0, 0, 0,
+                       0,  !is_dkv,       is_dkv || whole};
+    if (task.wants_dq) {
+      task.first = run * regions / runs;
+      task.last = (run + 1) * regions / runs;
+    }
+    if (task.wants_dkv) {
+      task.kv_first = is_dkv ? run * kv_regions / kv_runs : 0;
+      task.kv_last = is_dkv ? (run + 1) * kv_regions / kv_runs : kv_regions;
+    }
+    kernels.backward[abreast](task, scratch);
+  });
+}
+
 }  // namespace permattn::cpu

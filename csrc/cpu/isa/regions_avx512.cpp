@@ -19,6 +19,8 @@ namespace permattn::cpu::regions_avx512 {
 #include "target_end.h"
 
 namespace permattn::cpu {
-RegionKernels avx512_region_kernels(Dtype dtype) { return regions_avx512::float_region_kernels(dtype); }
+RegionKernels avx512_region_kernels(Dtype dtype) {
+  return regions_avx512::float_region_kernels(dtype);
+}
 }  // namespace permattn::cpu
 #endif

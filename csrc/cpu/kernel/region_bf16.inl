@@ -4,7 +4,7 @@ struct Steps<Bf16Math<1>> {
   using Storage = uint16_t;
   using Arithmetic = Bf16Math<1>;
 
-  PERMATTN_INLINE VecF load(const uint16_t* row, int64_t d, int64_t dim) {
+  PERMATTN_INLINE VecF read(const uint16_t* row, int64_t d, int64_t dim) {
     return reinterpret_cast<VecF>(Bf16Math<1>::load_pairs(row + d, dim - d));
   }
 
@@ -21,5 +21,21 @@ struct Steps<Bf16Math<1>> {
     if (odd == nullptr) return reinterpret_cast<VecF>(low);
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, odd + d));
     return reinterpret_cast<VecF>(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+
+  // Sums are of the numbers before rounding: log-sum-exps are exact in float32.
+  template <int Vectors>
+  PERMATTN_INLINE void probabilities(float* s, int count, float c, const VecF* top, VecF* sum) {
+    for (int i = 0; i < count; i += 2) {
+#pragma GCC unroll 4
+      for (int y = 0; y < Vectors; ++y) {
+        const float* from = s + (i * Vectors + y) * kWidth;
+        const VecF even = exp2_accurate(load(from) * c - top[y]);
+        const VecF odd = exp2_accurate(load(from + Vectors * kWidth) * c - top[y]);
+        sum[y] += even + odd;
+        _mm512_store_si512(s + (i / 2 * Vectors + y) * kWidth,
+                           Arithmetic::pair_up(to_native(even), to_native(odd)));
+      }
+    }
   }
 };

@@ -1,5 +1,5 @@
-// Forward of some regions of queries of H heads: S^T = K Q^T with (query, head) in lanes, so that the
-// softmax needs no horizontal step; O^T += V^T P^T.
+// Forward of some regions of queries of H heads: S^T = K Q^T with (query, head) in lanes, so that
+// the softmax needs no horizontal step; O^T += V^T P^T.
 
 template <class Math, int H>
 struct RegionFwdBuffers {
@@ -26,7 +26,7 @@ size_t region_forward_scratch(const RegionParams& p) {
   return static_cast<size_t>(buffers.end - static_cast<std::byte*>(nullptr));
 }
 
-// As Math::probabilities; each row, its sums apart, times its weight.
+// As Steps::probabilities; each row, its sums apart, times its weight.
 template <class Math, int Vectors>
 PERMATTN_INLINE void weighted_probabilities(float* s, const KeyChunk& chunk, float c,
                                             const VecF* top, VecF* sum) {
@@ -80,11 +80,11 @@ static __attribute__((noinline)) void attend_keys(const RegionParams& p, const f
   if (p.weights != nullptr) {
     weighted_probabilities<Math, Vectors>(s, chunk, c, reference, total);
   } else {
-    Math::template probabilities<Vectors>(s, chunk.count, c, reference, total);
+    Steps<Math>::template probabilities<Vectors>(s, chunk.count, c, reference, total);
   }
   for (int y = 0; y < Vectors; ++y) store(sum + y * kWidth, total[y]);
-  multiply_columns<Math, H, Vectors>(chunk.values, s, o, p.head_dim_v,
-                                     chunk.count / Math::kPerStep, !first);
+  multiply_columns<Math, H, Vectors>(chunk.values, s, o, p.head_dim_v, chunk.count / Math::kPerStep,
+                                     !first);
 }
 
 // Rows and log-sum-exps of the queries [first, first + count) of a box.

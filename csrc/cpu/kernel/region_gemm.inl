@@ -1,6 +1,6 @@
 // The inner products of regions: C[x][lane] += sum_k A[x][k] * B[k][lane]. A's H numbers of a step
-// are those of H heads; they are repeated along the lanes. Rows of A lie anywhere, by pointers: keys
-// of several small regions are one run of rows, and nothing is copied.
+// are those of H heads; they are repeated along the lanes. Rows of A lie anywhere, by pointers:
+// keys of several small regions are one run of rows, and nothing is copied.
 
 template <int Vectors>
 constexpr int kBlockRows = Vectors == 4 || (kWidth < 16 && Vectors == 2) ? 4 : 8;

@@ -1,4 +1,5 @@
-// Which keys a region of queries sees: packed regions, kept while they fit, and chunks of their rows.
+// Which keys a region of queries sees: packed regions, kept while they fit, and chunks of their
+// rows.
 
 // Rows of keys per chunk: even.
 constexpr int kRegionChunk = 64;
@@ -61,7 +62,7 @@ struct KeyChunk {
   int count = 0, num_pieces = 0;
   Piece pieces[kRegionChunk];
   const float* keys[kRegionChunk + kRegionSlack];
-  const float* values[kRegionChunk];  // by steps
+  const float* values[kRegionChunk + kRegionSlack];  // by steps
   float weight[kRegionChunk];
   bool hidden[kRegionChunk];  // the row that pairs up with an odd last one
   bool any_hidden = false;
@@ -73,7 +74,10 @@ struct KeyChunk {
 
   // Rows beyond the last one that whole blocks read.
   PERMATTN_METHOD void seal() {
-    for (int i = 0; i < kRegionSlack; ++i) keys[count + i] = keys[count - 1];
+    for (int i = 0; i < kRegionSlack; ++i) {
+      keys[count + i] = keys[0];
+      values[count + i] = values[0];
+    }
   }
 };
 

@@ -13,24 +13,23 @@ PERMATTN_INLINE VecF broadcast(const float* p) {
     return load_unaligned(p);
 #if PERMATTN_WIDTH == 16
   } else if constexpr (H == 2) {
-    return reinterpret_cast<VecF>(_mm512_castpd_ps(
-        _mm512_broadcastsd_pd(_mm_castps_pd(_mm_castsi128_ps(_mm_loadl_epi64(
-            reinterpret_cast<const __m128i*>(p)))))));
+    return reinterpret_cast<VecF>(_mm512_castpd_ps(_mm512_broadcastsd_pd(
+        _mm_castps_pd(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))))));
   } else if constexpr (H == 4) {
     return reinterpret_cast<VecF>(_mm512_broadcast_f32x4(_mm_loadu_ps(p)));
   } else {
     return reinterpret_cast<VecF>(_mm512_broadcast_f32x8(_mm256_loadu_ps(p)));
 #elif PERMATTN_WIDTH == 8
   } else if constexpr (H == 2) {
-    return reinterpret_cast<VecF>(_mm256_castpd_ps(
-        _mm256_broadcastsd_pd(_mm_castsi128_pd(_mm_loadl_epi64(
-            reinterpret_cast<const __m128i*>(p))))));
+    return reinterpret_cast<VecF>(_mm256_castpd_ps(_mm256_broadcastsd_pd(
+        _mm_castsi128_pd(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))));
   } else {
     const __m128 four = _mm_loadu_ps(p);
     return reinterpret_cast<VecF>(_mm256_insertf128_ps(_mm256_castps128_ps256(four), four, 1));
 #endif
 #if PERMATTN_WIDTH == 4
-  } else {
+  }
+  else {
     return VecF{p[0], p[1], p[0], p[1]};
 #endif
   }
@@ -156,12 +155,18 @@ struct Steps<FloatMath<Type>> {
   using Storage = typename Type::Storage;
   using Arithmetic = FloatMath<Float32>;  // the same code for every type
 
-  PERMATTN_INLINE VecF load(const Storage* row, int64_t d, int64_t dim) {
+  PERMATTN_INLINE VecF read(const Storage* row, int64_t d, int64_t dim) {
     return load_up_to<Type>(row + d, dim - d);
   }
   PERMATTN_INLINE VecF with_sign(VecF x, float sign) { return x * sign; }
   PERMATTN_INLINE VecF columns(const Storage* even, const Storage*, int64_t d, int64_t dim) {
     return load_up_to<Type>(even + d, dim - d);
+  }
+
+  // S[count][lane] to what multiplies V, in place; adds up 2^(s * c - top).
+  template <int Vectors>
+  PERMATTN_INLINE void probabilities(float* s, int count, float c, const VecF* top, VecF* sum) {
+    Arithmetic::template probabilities<Vectors>(s, count, c, top, sum);
   }
 };
 
@@ -170,10 +175,10 @@ PERMATTN_INLINE constexpr int64_t padded(int64_t x) { return round_up(x, kWidth)
 // Sizes of packed rows, in floats.
 template <class Math, int H>
 struct RowSizes {
-  int64_t steps;        // of Q K^T
-  int64_t key, value;   // a row of keys, and a step of values
-  int64_t keys;         // of a region, the last one paired where steps are pairs
-  int64_t region;       // its keys, then its values
+  int64_t steps;       // of Q K^T
+  int64_t key, value;  // a row of keys, and a step of values
+  int64_t keys;        // of a region, the last one paired where steps are pairs
+  int64_t region;      // its keys, then its values
 
   explicit RowSizes(const RegionParams& p) {
     steps = (p.head_dim + Math::kPerStep - 1) / Math::kPerStep;
@@ -192,7 +197,7 @@ PERMATTN_INLINE void pack_token(const MapRows<typename Math::Storage>& rows, int
   for (int h = 0; h < H; ++h) row[h] = rows.row(offset, h, copies.rows[h]);
   for (int64_t d = 0; d < rows.dim; d += kWidth * Math::kPerStep) {
     VecF r[H];
-    for (int h = 0; h < H; ++h) r[h] = Steps<Math>::load(row[h], d, rows.dim);
+    for (int h = 0; h < H; ++h) r[h] = Steps<Math>::read(row[h], d, rows.dim);
     heads_abreast<H>(r);
     for (int h = 0; h < H; ++h) store(to + d / Math::kPerStep * H + h * kWidth, r[h]);
   }
@@ -270,11 +275,24 @@ PERMATTN_INLINE void pack_queries(const MapView& map, int64_t b, int64_t m, int6
       for (int i = 0; i < kWidth; ++i) {
         r[i] = row[i] == nullptr ? VecF{}
                                  : Steps<Math>::with_sign(
-                                       Steps<Math>::load(row[i], u * Math::kPerStep, dim), sign);
+                                       Steps<Math>::read(row[i], u * Math::kPerStep, dim), sign);
       }
       transpose(r);
       const int64_t n = steps - u < kWidth ? steps - u : kWidth;
       for (int64_t i = 0; i < n; ++i) store(to + (u + i) * lanes + y * kWidth, r[i]);
     }
+  }
+}
+
+// The same queries as [query][step][H].
+template <class Math, int H>
+PERMATTN_INLINE void pack_rows_of(const MapView& map, int64_t b, int64_t m, int64_t dim,
+                                  const Box& box, int64_t first, int64_t count, float* to) {
+  const MapRows<typename Math::Storage> rows(map, b, m, dim);
+  const int64_t row = padded((dim + Math::kPerStep - 1) / Math::kPerStep) * H;
+  Copies<typename Math::Storage> copies;
+  Cell cell(box, first);
+  for (int64_t i = 0; i < count; ++i, cell.next()) {
+    pack_token<Math, H>(rows, cell.offset(map), copies, to + i * row);
   }
 }

@@ -10,10 +10,18 @@ from permattn.backends.cpu.attention import (
     why_not_probe,
 )
 from permattn.backends.cpu.library import ISAS, NAME, available_isas, isa, load
+from permattn.backends.cpu.regions import (
+    attend_regions,
+    attend_regions_backward,
+    why_not_regions,
+    why_not_route,
+)
 
 __all__ = [
     "ISAS",
     "NAME",
+    "attend_regions",
+    "attend_regions_backward",
     "available_isas",
     "backward",
     "forward",
@@ -24,4 +32,6 @@ __all__ = [
     "smoothing_of",
     "why_not",
     "why_not_probe",
+    "why_not_regions",
+    "why_not_route",
 ]
