@@ -36,12 +36,13 @@ RegionKernels select_region_kernels(Isa isa, Dtype dtype, bool backward) {
   return portable_region_kernels(dtype);
 }
 
-// log2 of the heads that lie side by side: as many as fill a vector with a region's queries.
-int32_t heads_abreast(const RegionParams& p, int64_t lanes) {
+// log2 of the heads that lie side by side: as many as fill the lanes with a region's queries. Not
+// fewer where threads idle: sums must not depend on them.
+int32_t heads_abreast(const RegionParams& p, const RegionKernels& kernels) {
   const bool shared = p.graph_stride_m == 0 && (p.weights == nullptr || p.weights_stride_m == 0);
   int32_t log2 = 0;
-  while (shared && log2 + 1 < kNumHeadsAbreast && p.heads % (2 << log2) == 0 &&
-         (2 << log2) <= lanes && (p.q_grid.cells() << log2) < lanes) {
+  while (shared && log2 + 1 < kNumHeadsAbreast && kernels.forward_scratch[log2 + 1] != nullptr &&
+         p.heads % (2 << log2) == 0 && (p.q_grid.cells() << log2) < kernels.lanes) {
     ++log2;
   }
   return log2;
@@ -67,7 +68,7 @@ void attend_regions(const RegionParams& p, Isa isa, const Pool& pool) {
   const int64_t regions = p.q_grid.num_regions();
   if (p.batch * p.heads * regions == 0) return;
   const RegionKernels kernels = select_region_kernels(isa, p.dtype, false);
-  const int32_t abreast = heads_abreast(p, kernels.lanes);
+  const int32_t abreast = heads_abreast(p, kernels);
   const int64_t groups = p.heads >> abreast;
   const int64_t units = p.batch * groups;
   const int64_t runs = num_runs(pool, units, regions);
@@ -85,7 +86,7 @@ void attend_regions_backward(const RegionBwdParams& b, Isa isa, const Pool& pool
   const int64_t regions = p.q_grid.num_regions(), kv_regions = p.kv_grid.num_regions();
   if (p.batch * p.heads == 0) return;
   const RegionKernels kernels = select_region_kernels(isa, p.dtype, true);
-  const int32_t abreast = heads_abreast(p, kernels.lanes);
+  const int32_t abreast = heads_abreast(p, kernels);
   const int64_t groups = p.heads >> abreast;
   const int64_t units = p.batch * groups;
   // One task a unit shares scores between dQ and dK, but only so many threads can work.

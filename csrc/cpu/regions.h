@@ -31,7 +31,7 @@ struct RegionKernels {
   size_t (*forward_scratch[kNumHeadsAbreast])(const RegionParams& params);
   void (*backward[kNumHeadsAbreast])(const RegionBwdTask& task, std::byte* scratch);
   size_t (*backward_scratch[kNumHeadsAbreast])(const RegionParams& params);
-  int64_t lanes;  // of a vector
+  int64_t lanes;  // that meet the keys at once
 };
 
 // Null functions where an instruction set has nothing of its own for the dtype.

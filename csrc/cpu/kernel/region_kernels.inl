@@ -10,7 +10,7 @@ static void add_region_forward(RegionKernels& kernels) {
 
 template <class Math>
 static void add_region_forwards(RegionKernels& kernels) {
-  kernels.lanes = kWidth;
+  kernels.lanes = kMaxLanes;
   add_region_forward<Math, 1>(kernels);
   add_region_forward<Math, 2>(kernels);
   add_region_forward<Math, 4>(kernels);
