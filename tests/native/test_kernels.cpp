@@ -1,6 +1,6 @@
 // The kernels without torch or Python: every instruction set of this machine, in float32, against
-// sums in double. One causal part with ragged lengths, and one probe. Prints what it checked; exit
-// code 1 on failure.
+// sums in double. One causal part with ragged lengths, one probe, and regions. Prints what it
+// checked; exit code 1 on failure.
 #include "../../csrc/common/token_rule.h"
 #include "../../csrc/cpu/cpu.h"
 
@@ -147,6 +147,106 @@ double worst_probe_error(Isa isa) {
   return worst;
 }
 
+// Four heads of a map of 5 x 7 in boxes of 2 x 3, which hang over at two edges; every region looks
+// at itself and at the next one.
+struct RegionCase {
+  static constexpr int64_t kHeads = 4, kHeight = 5, kWidth = 7, kTokens = kHeight * kWidth;
+  static constexpr int64_t kRegions = 9;
+  std::vector<float> q = numbers(kHeads * kTokens * kDim, 6),
+                     k = numbers(kHeads * kTokens * kDim, 7),
+                     v = numbers(kHeads * kTokens * kDimV, 8),
+                     dout = numbers(kHeads * kTokens * kDimV, 9);
+  std::vector<float> out = std::vector<float>(v.size(), NAN),
+                     dq = std::vector<float>(q.size(), NAN), dk = dq, dv = out,
+                     lse = std::vector<float>(kHeads * kTokens, NAN),
+                     dlse = std::vector<float>(kHeads * kTokens, 0.0F);
+  std::vector<int32_t> graph;
+
+  // Tokens first, heads beside each other.
+  static MapView map(std::vector<float>& x, int64_t dim) {
+    return {x.data(), 0, dim, 0, kWidth * kHeads * dim, kHeads * dim, 1};
+  }
+
+  static int64_t region_of(int64_t token) { return token / kWidth / 2 * 3 + token % kWidth / 3; }
+
+  void run(Isa isa) {
+    for (int32_t r = 0; r < kRegions; ++r) {
+      graph.push_back(r);
+      graph.push_back((r + 1) % kRegions);
+    }
+    RegionBwdParams b{};
+    RegionParams& p = b.forward;
+    p.dtype = Dtype::kFloat32;
+    p.batch = 1;
+    p.heads = kHeads;
+    p.head_dim = kDim;
+    p.head_dim_v = kDimV;
+    p.scale = 0.5F;
+    p.q_grid = p.kv_grid = {{1, kHeight, kWidth}, {1, 2, 3}, {1, 3, 3}};
+    p.q = map(q, kDim);
+    p.k = map(k, kDim);
+    p.v = map(v, kDimV);
+    p.out = map(out, kDimV);
+    p.lse = lse.data();
+    p.graph = graph.data();
+    p.topk = 2;
+    cpu::attend_regions(p, isa, {2, run_on_threads});
+    b.dout = map(dout, kDimV);
+    b.dlse = dlse.data();
+    b.dq = map(dq, kDim);
+    b.dk = map(dk, kDim);
+    b.dv = map(dv, kDimV);
+    cpu::attend_regions_backward(b, isa, {2, run_on_threads});
+  }
+
+  // Of `out` and `lse` of one query of a head.
+  double error_of(int64_t i, int64_t h) const {
+    const int64_t at = i * kHeads + h, region = region_of(i);
+    std::vector<double> row(kDimV, 0.0);
+    double total = 0.0;
+    for (int64_t j = 0; j < kTokens; ++j) {
+      if (region_of(j) != region && region_of(j) != (region + 1) % kRegions) continue;
+      const int64_t key = j * kHeads + h;
+      double score = 0.0;
+      for (int64_t d = 0; d < kDim; ++d) score += double{q[at * kDim + d]} * k[key * kDim + d];
+      const double weight = std::exp(0.5 * score);
+      total += weight;
+      for (int64_t d = 0; d < kDimV; ++d) row[d] += weight * v[key * kDimV + d];
+    }
+    double worst = std::fabs(lse[h * kTokens + i] - std::log(total));
+    for (int64_t d = 0; d < kDimV; ++d) {
+      const double error = std::fabs(out[at * kDimV + d] - row[d] / total);
+      worst = error <= worst ? worst : error;  // NaN wins
+    }
+    return worst;
+  }
+};
+
+double dot(const std::vector<float>& a, const std::vector<float>& b) {
+  double sum = 0.0;
+  for (size_t i = 0; i < a.size(); ++i) sum += double{a[i]} * b[i];
+  return sum;
+}
+
+// Gradients by what must hold of them: results are linear in V, and scores in Q as in K.
+double worst_region_error(Isa isa) {
+  RegionCase c;
+  c.run(isa);
+  double worst = 0.0;
+  for (int64_t i = 0; i < RegionCase::kTokens; ++i) {
+    for (int64_t h = 0; h < RegionCase::kHeads; ++h) {
+      const double error = c.error_of(i, h);
+      worst = error <= worst ? worst : error;
+    }
+  }
+  const double size = std::sqrt(dot(c.out, c.out) * dot(c.dout, c.dout));
+  for (const double error :
+       {dot(c.v, c.dv) - dot(c.out, c.dout), dot(c.q, c.dq) - dot(c.k, c.dk)}) {
+    worst = std::fabs(error) / size <= worst ? worst : std::fabs(error) / size;
+  }
+  return worst;
+}
+
 }  // namespace
 
 int main() {
@@ -154,7 +254,10 @@ int main() {
   for (int32_t i = 0; i < kNumIsas; ++i) {
     const auto isa = static_cast<Isa>(i);
     if (!cpu::isa_is_available(isa)) continue;
-    const double error = std::fmax(worst_error(isa), worst_probe_error(isa));
+    double error = 0.0;
+    for (const double e : {worst_error(isa), worst_probe_error(isa), worst_region_error(isa)}) {
+      error = e <= error ? error : e;
+    }
     std::printf("%-12s error %.1e\n", isa_name(isa), error);
     good = good && error < 4e-6;
   }
