@@ -6,6 +6,7 @@
 #include "../common/params.h"
 #include "../common/quant.h"
 #include "../common/regions.h"
+#include "../common/route.h"
 
 namespace permattn::cpu {
 
@@ -28,6 +29,9 @@ constexpr int64_t kMaxKeysPerScale = 256;
 void forward(const FwdParams& params, Isa isa, const Pool& pool);
 void backward(const BwdParams& params, Isa isa, const Pool& pool);
 void probe(const ProbeParams& params, Isa isa, const Pool& pool);
+
+// Region means, affinities and the largest of every row.
+void route(const RouteParams& params, Isa isa, const Pool& pool);
 
 // One pass over x: gather, norm, rotary embedding, smoothing, quantising.
 void prepare(const PrepareParams& params, Isa isa, const Pool& pool);

@@ -101,6 +101,13 @@ Kernels select_kernels(Isa isa, Dtype dtype) {
       chosen.prepare_tokens = kernels.prepare_tokens;
       chosen.prepare_scratch = kernels.prepare_scratch;
     }
+    if (chosen.route_means == nullptr) {
+      chosen.route_means = kernels.route_means;
+      chosen.route_means_scratch = kernels.route_means_scratch;
+      chosen.route_affinity = kernels.route_affinity;
+      chosen.route_affinity_scratch = kernels.route_affinity_scratch;
+      chosen.route_pick = kernels.route_pick;
+    }
     for (int32_t kind = 0; kind < kNumValueKinds; ++kind) {
       if (chosen.forward_quantised[kind] != nullptr) continue;
       chosen.forward_quantised[kind] = kernels.forward_quantised[kind];

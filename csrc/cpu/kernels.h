@@ -5,6 +5,7 @@
 
 #include "../common/params.h"
 #include "../common/quant.h"
+#include "../common/route.h"
 
 namespace permattn::cpu {
 
@@ -86,6 +87,28 @@ struct TokenTile {
   float* stats;  // [B, S, 2]
 };
 
+// One row of boxes of one batch row of a map.
+struct MeansTile {
+  const BoxedMap* map;
+  int64_t b;
+  int64_t row;  // t * boxes along H + h
+  int64_t channel_stride;
+  float* means;  // [regions, channel_stride] of the batch row; zeros behind the channels
+};
+
+// Most regions whose largest are found by counting: the cost is the square of their number.
+constexpr int64_t kMostCounted = 512;
+
+// Some query regions against all key regions of a batch row.
+struct AffinityTile {
+  const float* mean_q;  // [rows, channel_stride], readable for 16 rows more
+  const float* mean_k;  // [kv_regions, channel_stride]
+  int64_t rows, kv_regions, channels, channel_stride;
+  float scale;
+  float* affinity;  // [rows, row_stride], in whole vectors
+  int64_t row_stride;
+};
+
 // What multiplies V: integers, or floats that stand for numbers of the input's dtype or of FP8.
 enum class ValueKind : int32_t { kInteger = 0, kPlain = 1, kFp8 = 2 };
 constexpr int32_t kNumValueKinds = 3;
@@ -111,6 +134,12 @@ struct Kernels {
   void (*prepare_columns)(const ColumnTile& tile, std::byte* scratch);
   void (*prepare_tokens)(const TokenTile& tile);
   size_t (*prepare_scratch)(const PrepareParams& params);
+  void (*route_means)(const MeansTile& tile, std::byte* scratch);
+  size_t (*route_means_scratch)(const BoxedMap& map, int64_t channel_stride);
+  void (*route_affinity)(const AffinityTile& tile, std::byte* scratch);
+  size_t (*route_affinity_scratch)(int64_t rows, int64_t channel_stride);
+  bool (*route_pick)(const float* row, int64_t regions, int64_t topk, int32_t* scratch,
+                     int32_t* graph, float* values);
   // By ValueKind. Each takes V in the layout beside it where it is made of integers.
   FwdTileFn forward_quantised[kNumValueKinds];
   size_t (*quantised_scratch[kNumValueKinds])(const FwdParams& params);

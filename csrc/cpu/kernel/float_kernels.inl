@@ -6,6 +6,7 @@
 #include "backward.inl"
 #include "probe.inl"
 #include "prepare.inl"
+#include "route.inl"
 #include "int_math.inl"
 #include "quantised.inl"
 
@@ -23,6 +24,7 @@ Kernels kernels_of() {
   kernels.probe_mass = probe_mass<Math>;
   kernels.probe_scratch = probe_scratch<Math>;
   add_prepare_kernels<Type>(kernels);
+  add_route_kernels<Type>(kernels);
   using Products = VectorProducts<PairBytes>;
   add_integer_kernels<Products>(kernels);
   add_plain_kernels<Products, Math>(kernels);
