@@ -101,8 +101,9 @@ Kernels select_kernels(Isa isa, Dtype dtype) {
       chosen.prepare_tokens = kernels.prepare_tokens;
       chosen.prepare_scratch = kernels.prepare_scratch;
     }
-    if (chosen.route_means == nullptr) {
-      chosen.route_means = kernels.route_means;
+    if (chosen.route_affinity == nullptr) {
+      chosen.route_means_by_row = kernels.route_means_by_row;
+      chosen.route_means_by_channel = kernels.route_means_by_channel;
       chosen.route_means_scratch = kernels.route_means_scratch;
       chosen.route_affinity = kernels.route_affinity;
       chosen.route_affinity_scratch = kernels.route_affinity_scratch;

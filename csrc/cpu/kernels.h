@@ -87,13 +87,16 @@ struct TokenTile {
   float* stats;  // [B, S, 2]
 };
 
-// One row of boxes of one batch row of a map.
+// Channels of a map, all heads side by side, that are summed together where they lie apart.
+constexpr int64_t kChannelsPerTile = 32;
+
+// Means of one batch row of a map: one row of boxes (index = t * boxes along H + h), or some
+// channels of one layer of boxes along T (index = t * tiles of channels + tile).
 struct MeansTile {
   const BoxedMap* map;
-  int64_t b;
-  int64_t row;  // t * boxes along H + h
+  int64_t b, index;
   int64_t channel_stride;
-  float* means;  // [regions, channel_stride] of the batch row; zeros behind the channels
+  float* means;  // [regions, channel_stride] of the batch row
 };
 
 // Most regions whose largest are found by counting: the cost is the square of their number.
@@ -134,7 +137,8 @@ struct Kernels {
   void (*prepare_columns)(const ColumnTile& tile, std::byte* scratch);
   void (*prepare_tokens)(const TokenTile& tile);
   size_t (*prepare_scratch)(const PrepareParams& params);
-  void (*route_means)(const MeansTile& tile, std::byte* scratch);
+  void (*route_means_by_row)(const MeansTile& tile, std::byte* scratch);
+  void (*route_means_by_channel)(const MeansTile& tile, std::byte* scratch);
   size_t (*route_means_scratch)(const BoxedMap& map, int64_t channel_stride);
   void (*route_affinity)(const AffinityTile& tile, std::byte* scratch);
   size_t (*route_affinity_scratch)(int64_t rows, int64_t channel_stride);

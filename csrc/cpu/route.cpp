@@ -1,4 +1,5 @@
-// Routing over threads: rows of boxes, then rows of regions. Nothing depends on the threads.
+// Routing over threads: rows or channels of boxes, then rows of regions. Nothing depends on the
+// threads.
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -60,23 +61,30 @@ struct Means {
       : map(merged(given)), channel_stride(round_up(given.heads * given.dim, kPad)) {
     data.reset(new float[(batch * map.regions() + kPad) * channel_stride]);
   }
-  int64_t rows() const { return map.counts[0] * map.counts[1]; }
-  int64_t numbers_per_row() const { return map.cells() / rows() * map.heads * map.dim; }
+  bool channels_last() const { return map.stride_d == 1; }
+  // Tiles of a batch row, and what each of them costs.
+  int64_t tiles() const {
+    const int64_t channels = map.heads * map.dim;
+    const int64_t groups = (channels + kChannelsPerTile - 1) / kChannelsPerTile;
+    return map.counts[0] * (channels_last() ? map.counts[1] : groups);
+  }
+  int64_t cost() const { return map.cells() * map.heads * map.dim / tiles() / kNumbersPerPair; }
   float* of(int64_t b) const { return data.get() + b * map.regions() * channel_stride; }
 };
 
 void find_means(const Means& q, const Means& k, int64_t batch, const Kernels& kernels,
                 const Pool& pool) {
-  const int64_t q_tiles = batch * q.rows(), k_tiles = batch * k.rows();
-  std::vector<int64_t> costs(q_tiles + k_tiles, q.numbers_per_row() / kNumbersPerPair);
-  std::fill(costs.begin() + q_tiles, costs.end(), k.numbers_per_row() / kNumbersPerPair);
+  const int64_t q_tiles = batch * q.tiles();
+  std::vector<int64_t> costs(q_tiles + batch * k.tiles(), q.cost());
+  std::fill(costs.begin() + q_tiles, costs.end(), k.cost());
   const size_t scratch_bytes = std::max(kernels.route_means_scratch(q.map, q.channel_stride),
                                         kernels.route_means_scratch(k.map, k.channel_stride));
   run_tiles(pool, costs, scratch_bytes, [&](int64_t i, std::byte* scratch) {
     const Means& of = i < q_tiles ? q : k;
-    const int64_t tile = i < q_tiles ? i : i - q_tiles;
-    const int64_t b = tile / of.rows();
-    kernels.route_means({&of.map, b, tile % of.rows(), of.channel_stride, of.of(b)}, scratch);
+    const int64_t tile = i < q_tiles ? i : i - q_tiles, b = tile / of.tiles();
+    const auto means =
+        of.channels_last() ? kernels.route_means_by_row : kernels.route_means_by_channel;
+    means({&of.map, b, tile % of.tiles(), of.channel_stride, of.of(b)}, scratch);
   });
 }
 

@@ -3,38 +3,37 @@
 // Cells of a row, or rows of cells, that are summed in one chain; longer sums are sums of these.
 constexpr int64_t kChain = 32;
 
-struct MeansBuffers {
-  float* sum;      // [boxes of a row, channels]: where a box has more than kChain rows of cells
-  float* columns;  // [kWidth channels, W]
-  float* turned;   // [W, kWidth channels]
-  int64_t width;   // W, in whole vectors
-  std::byte* end;
+// At most kChain rows of cells of one row of boxes: offsets from the first cell of their layer.
+struct CellRows {
+  int64_t offset[kChain];
+  int64_t count;
 
-  MeansBuffers(const BoxedMap& map, int64_t channel_stride, std::byte* scratch)
-      : width(round_up(map.size[2], kWidth)) {
-    Carver carver{scratch};
-    sum = carver.floats(map.counts[2] * channel_stride);
-    columns = carver.floats(kWidth * width);
-    turned = carver.floats(kWidth * width);
-    end = carver.next;
+  // Rows [first, first + kChain) of the boxes in row h, as far as they go in layer t.
+  PERMATTN_METHOD void find(const BoxedMap& map, int64_t t, int64_t h, int64_t first) {
+    const int64_t tall = map.width(1, h), rows = map.width(0, t) * tall;
+    count = rows - first < kChain ? rows - first : kChain;
+    int64_t z = first / tall, y = first % tall;
+    for (int64_t r = 0; r < count; ++r) {
+      offset[r] = z * map.stride[0] + (h * map.box[1] + y) * map.stride[1];
+      if (++y < tall) continue;
+      y = 0;
+      ++z;
+    }
   }
 };
 
-static size_t route_means_scratch(const BoxedMap& map, int64_t channel_stride) {
-  const MeansBuffers buffers(map, channel_stride, nullptr);
-  return static_cast<size_t>(buffers.end - static_cast<std::byte*>(nullptr));
+template <class Type>
+PERMATTN_INLINE const typename Type::Storage* layer_of(const BoxedMap& map, int64_t b, int64_t t) {
+  return static_cast<const typename Type::Storage*>(map.data) + b * map.stride_b +
+         t * map.box[0] * map.stride[0];
 }
 
-// At most kChain rows of cells of one row of boxes.
+// Channels that lie side by side go into lanes as they are.
 template <class Type>
-struct CellRows {
+struct ChannelsLast {
   using Storage = typename Type::Storage;
   const BoxedMap& map;
-  const MeansBuffers& buf;
   int64_t channel_stride;
-  const Storage* data;
-  int64_t offset[kChain];
-  int64_t count;
 
   // Adds kWidth * Vectors channels of some cells to `sum`.
   template <int Vectors>
@@ -67,10 +66,10 @@ struct CellRows {
     }
   }
 
-  // Channels lie side by side: they go into lanes as they are.
-  PERMATTN_METHOD void add_channels_last(float* sum) const {
-    for (int64_t r = 0; r < count; ++r) {
-      const Storage* row = data + offset[r];
+  // Adds rows of cells to the sums of the boxes that they run through.
+  PERMATTN_METHOD void add_rows(const Storage* data, const CellRows& rows, float* sum) const {
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const Storage* row = data + rows.offset[r];
       for (int64_t j = 0; j < map.counts[2]; ++j) {
         const int64_t cells = map.width(2, j);
         const Storage* first = row + j * map.box[2] * map.stride[2];
@@ -81,63 +80,114 @@ struct CellRows {
       }
     }
   }
+};
+
+// Boxes of one row: sums over `rows` rows of cells become means.
+PERMATTN_INLINE void divide_sums(const BoxedMap& map, int64_t rows, int64_t channels,
+                                 int64_t channel_stride, float* sum) {
+  for (int64_t j = 0; j < map.counts[2]; ++j, sum += channel_stride) {
+    const VecF cells = splat(static_cast<float>(rows * map.width(2, j)));
+    for (int64_t c = 0; c < channels; c += kWidth) {
+      store_unaligned(sum + c, load_unaligned(sum + c) / cells);
+    }
+  }
+}
+
+// One row of boxes, all channels; memory is read from end to end.
+template <class Type>
+void route_means_by_row(const MeansTile& tile, std::byte* scratch) {
+  const BoxedMap& map = *tile.map;
+  const int64_t t = tile.index / map.counts[1], h = tile.index % map.counts[1];
+  const int64_t rows = map.width(0, t) * map.width(1, h);
+  const auto* data = layer_of<Type>(map, tile.b, t);
+  const ChannelsLast<Type> reader{map, tile.channel_stride};
+  const int64_t floats = map.counts[2] * tile.channel_stride;
+  float* means = tile.means + tile.index * floats;
+  CellRows cells;
+  for (int64_t first = 0; first < rows; first += kChain) {
+    float* sum = first == 0 ? means : reinterpret_cast<float*>(scratch);
+    __builtin_memset(sum, 0, static_cast<size_t>(floats) * sizeof(float));
+    cells.find(map, t, h, first);
+    reader.add_rows(data, cells, sum);
+    if (first == 0) continue;
+    for (int64_t i = 0; i < floats; i += kWidth) {
+      store_unaligned(means + i, load_unaligned(means + i) + load(sum + i));
+    }
+  }
+  divide_sums(map, rows, tile.channel_stride, tile.channel_stride, means);
+}
+
+// Strips (rows of cells that make one CellRows) of a channel that are read in one go: as many as
+// leave the first cache room for kWidth channels of them.
+constexpr int64_t kMaxStrips = 16, kMaxStripFloats = 6144;
+
+struct StripBuffers {
+  int64_t width;  // W, in whole vectors
+  int64_t strips;
+  float* columns;  // [strips, kWidth channels, W]
+  float* turned;   // [W, kWidth channels]
+  std::byte* end;
+
+  StripBuffers(const BoxedMap& map, std::byte* scratch) : width(round_up(map.size[2], kWidth)) {
+    strips = kMaxStripFloats / (kWidth * width);
+    strips = strips < 1 ? 1 : strips > kMaxStrips ? kMaxStrips : strips;
+    Carver carver{scratch};
+    columns = carver.floats(strips * kWidth * width);
+    turned = carver.floats(kWidth * width);
+    end = carver.next;
+  }
+};
+
+// Where cells of a row lie side by side, or nothing does: rows are summed in lanes of cells, then
+// turned, so that the cells of a box are summed in lanes of channels.
+template <class Type>
+struct ChannelsFirst {
+  using Storage = typename Type::Storage;
+  const BoxedMap& map;
+  const StripBuffers& buf;
+  int64_t channel_stride;
 
   // Columns of one channel, summed over the rows.
-  PERMATTN_METHOD void sum_rows(const Storage* channel, float* to) const {
+  PERMATTN_METHOD void sum_rows(const Storage* channel, const CellRows& rows, float* to) const {
     const int64_t w = map.size[2], stride = map.stride[2];
-    if (stride == 1) {
-      int64_t x = 0;
-      for (; x + kWidth <= w; x += kWidth) {
-        VecF acc{};
-        for (int64_t r = 0; r < count; ++r) acc += Type::load(channel + offset[r] + x);
-        store(to + x, acc);
+    if (stride != 1) {
+      for (int64_t x = 0; x < w; ++x) {
+        float acc = 0.0F;
+        for (int64_t r = 0; r < rows.count; ++r) {
+          acc += Type::load_one(channel + rows.offset[r] + x * stride);
+        }
+        to[x] = acc;
       }
-      if (x == w) return;
-      VecF acc{};
-      for (int64_t r = 0; r < count; ++r) acc += load_first<Type>(channel + offset[r] + x, w - x);
-      store(to + x, acc);
       return;
     }
-    for (int64_t x = 0; x < w; ++x) {
-      float acc = 0.0F;
-      for (int64_t r = 0; r < count; ++r) acc += Type::load_one(channel + offset[r] + x * stride);
-      to[x] = acc;
+    int64_t x = 0;
+    for (; x + kWidth <= w; x += kWidth) {
+      VecF acc{};
+      for (int64_t r = 0; r < rows.count; ++r) acc += Type::load(channel + rows.offset[r] + x);
+      store(to + x, acc);
+    }
+    if (x == w) return;
+    VecF acc{};
+    for (int64_t r = 0; r < rows.count; ++r) {
+      acc += load_first<Type>(channel + rows.offset[r] + x, w - x);
+    }
+    store(to + x, acc);
+  }
+
+  PERMATTN_METHOD void turn(const float* columns) const {
+    for (int64_t x = 0; x < buf.width; x += kWidth) {
+      VecF r[kWidth];
+      for (int i = 0; i < kWidth; ++i) r[i] = load(columns + i * buf.width + x);
+      transpose(r);
+      for (int i = 0; i < kWidth; ++i) store(buf.turned + (x + i) * kWidth, r[i]);
     }
   }
 
-  // Cells of a row lie side by side, or nothing does: rows are summed in lanes of cells, then
-  // turned, so that the cells of a box are summed in lanes of channels.
-  PERMATTN_METHOD void add_channels_first(float* sum) const {
-    const Storage* head = data;
-    int64_t d = 0;
-    const int64_t channels = map.heads * map.dim;
-    for (int64_t c = 0; c < channels; c += kWidth) {
-      for (int64_t i = 0; i < kWidth; ++i) {
-        float* to = buf.columns + i * buf.width;
-        if (c + i < channels) {
-          sum_rows(head + d * map.stride_d, to);
-        } else {
-          __builtin_memset(to, 0, static_cast<size_t>(buf.width) * sizeof(float));
-        }
-        if (++d == map.dim) {
-          d = 0;
-          head += map.stride_m;
-        }
-      }
-      for (int64_t x = 0; x < buf.width; x += kWidth) {
-        VecF r[kWidth];
-        for (int i = 0; i < kWidth; ++i) r[i] = load(buf.columns + i * buf.width + x);
-        transpose(r);
-        for (int i = 0; i < kWidth; ++i) store(buf.turned + (x + i) * kWidth, r[i]);
-      }
-      add_turned(sum + c);
-    }
-  }
-
-  PERMATTN_METHOD void add_turned(float* sum) const {
+  // Adds turned cells to the sums of the boxes of a row.
+  PERMATTN_METHOD void add_turned(float* sum, bool is_first) const {
     const float* cell = buf.turned;
     for (int64_t j = 0; j < map.counts[2]; ++j, sum += channel_stride) {
-      VecF total = load_unaligned(sum);
+      VecF total = is_first ? VecF{} : load_unaligned(sum);
       for (int64_t left = map.width(2, j); left > 0; left -= kChain) {
         VecF acc{};
         for (int64_t i = 0; i < (left < kChain ? left : kChain); ++i, cell += kWidth) {
@@ -150,41 +200,52 @@ struct CellRows {
   }
 };
 
+// Some channels of one layer of boxes along T; every channel is read from end to end.
 template <class Type>
-void route_means(const MeansTile& tile, std::byte* scratch) {
+void route_means_by_channel(const MeansTile& tile, std::byte* scratch) {
   const BoxedMap& map = *tile.map;
-  const MeansBuffers buf(map, tile.channel_stride, scratch);
-  const int64_t t = tile.row / map.counts[1], h = tile.row % map.counts[1];
-  const int64_t tall = map.width(1, h), rows = map.width(0, t) * tall;
-  const auto* data = static_cast<const typename Type::Storage*>(map.data) + tile.b * map.stride_b +
-                     t * map.box[0] * map.stride[0] + h * map.box[1] * map.stride[1];
-  const int64_t floats = map.counts[2] * tile.channel_stride;
-  float* means = tile.means + tile.row * floats;
-  for (int64_t first = 0; first < rows; first += kChain) {
-    float* sum = first == 0 ? means : buf.sum;
-    __builtin_memset(sum, 0, static_cast<size_t>(floats) * sizeof(float));
-    const int64_t count = rows - first < kChain ? rows - first : kChain;
-    CellRows<Type> cells{map, buf, tile.channel_stride, data, {}, count};
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t row = first + r;
-      cells.offset[r] = row / tall * map.stride[0] + row % tall * map.stride[1];
+  const StripBuffers buf(map, scratch);
+  const ChannelsFirst<Type> reader{map, buf, tile.channel_stride};
+  const int64_t all = map.heads * map.dim, tiles = (all + kChannelsPerTile - 1) / kChannelsPerTile;
+  const int64_t t = tile.index / tiles, first = tile.index % tiles * kChannelsPerTile;
+  const int64_t channels = all - first < kChannelsPerTile ? all - first : kChannelsPerTile;
+  const auto* data = layer_of<Type>(map, tile.b, t);
+  const int64_t row_floats = map.counts[2] * tile.channel_stride;
+  float* means = tile.means + t * map.counts[1] * row_floats + first;
+  const int64_t per_box = (map.width(0, t) * map.width(1, 0) + kChain - 1) / kChain;
+  const int64_t strips = map.counts[1] * per_box;
+  CellRows cells[kMaxStrips];
+  for (int64_t s = 0; s < strips; s += buf.strips) {
+    const int64_t here = strips - s < buf.strips ? strips - s : buf.strips;
+    for (int64_t i = 0; i < here; ++i) {
+      cells[i].find(map, t, (s + i) / per_box, (s + i) % per_box * kChain);
     }
-    if (map.stride_d == 1) {
-      cells.add_channels_last(sum);
-    } else {
-      cells.add_channels_first(sum);
-    }
-    if (first == 0) continue;
-    for (int64_t i = 0; i < floats; i += kWidth) {
-      store_unaligned(means + i, load_unaligned(means + i) + load_unaligned(sum + i));
+    for (int64_t c = 0; c < channels; c += kWidth) {
+      for (int64_t j = 0; j < kWidth && c + j < channels; ++j) {
+        const int64_t m = (first + c + j) / map.dim, d = (first + c + j) % map.dim;
+        const auto* channel = data + m * map.stride_m + d * map.stride_d;
+        for (int64_t i = 0; i < here; ++i) {
+          reader.sum_rows(channel, cells[i], buf.columns + (i * kWidth + j) * buf.width);
+        }
+      }
+      for (int64_t i = 0; i < here; ++i) {
+        reader.turn(buf.columns + i * kWidth * buf.width);
+        float* sum = means + (s + i) / per_box * row_floats + c;
+        reader.add_turned(sum, (s + i) % per_box == 0);
+      }
     }
   }
-  for (int64_t j = 0; j < map.counts[2]; ++j, means += tile.channel_stride) {
-    const VecF cells = splat(static_cast<float>(rows * map.width(2, j)));
-    for (int64_t c = 0; c < tile.channel_stride; c += kWidth) {
-      store_unaligned(means + c, load_unaligned(means + c) / cells);
-    }
+  for (int64_t h = 0; h < map.counts[1]; ++h, means += row_floats) {
+    const int64_t rows = map.width(0, t) * map.width(1, h);
+    divide_sums(map, rows, channels, tile.channel_stride, means);
   }
+}
+
+static size_t route_means_scratch(const BoxedMap& map, int64_t channel_stride) {
+  const StripBuffers buffers(map, nullptr);
+  const auto strips = static_cast<size_t>(buffers.end - static_cast<std::byte*>(nullptr));
+  const size_t sums = map.counts[2] * channel_stride * sizeof(float);
+  return strips > sums ? strips : sums;
 }
 
 constexpr int64_t kPanelLanes = kMaxPanel * kWidth;
@@ -213,7 +274,7 @@ PERMATTN_INLINE void affinity_panel(const AffinityTile& tile, const AffinityBuff
                                     int64_t first) {
   constexpr int64_t kLanes = Vectors * kWidth;
   for (int64_t lane = 0; lane < kLanes; lane += kWidth) {
-    for (int64_t c = 0; c < tile.channel_stride; c += kWidth) {
+    for (int64_t c = 0; c < tile.channels; c += kWidth) {
       VecF r[kWidth];
       for (int j = 0; j < kWidth; ++j) {
         const int64_t region = first + lane + j;
@@ -351,7 +412,8 @@ static bool route_pick(const float* row, int64_t regions, int64_t topk, int32_t*
 
 template <class Type>
 void add_route_kernels(Kernels& kernels) {
-  kernels.route_means = route_means<Type>;
+  kernels.route_means_by_row = route_means_by_row<Type>;
+  kernels.route_means_by_channel = route_means_by_channel<Type>;
   kernels.route_means_scratch = route_means_scratch;
   kernels.route_affinity = route_affinity;
   kernels.route_affinity_scratch = route_affinity_scratch;
