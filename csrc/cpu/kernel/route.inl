@@ -150,6 +150,8 @@ struct ChannelsFirst {
   // Columns of one channel, summed over the rows.
   PERMATTN_METHOD void sum_rows(const Storage* channel, const CellRows& rows, float* to) const {
     const int64_t w = map.size[2], stride = map.stride[2];
+    // The next strip: columns are read in an order that no hardware foresees.
+    const int64_t ahead = map.box[1] * map.stride[1];
     if (stride != 1) {
       for (int64_t x = 0; x < w; ++x) {
         float acc = 0.0F;
@@ -163,7 +165,11 @@ struct ChannelsFirst {
     int64_t x = 0;
     for (; x + kWidth <= w; x += kWidth) {
       VecF acc{};
-      for (int64_t r = 0; r < rows.count; ++r) acc += Type::load(channel + rows.offset[r] + x);
+      for (int64_t r = 0; r < rows.count; ++r) {
+        const Storage* cells = channel + rows.offset[r] + x;
+        __builtin_prefetch(cells + ahead);
+        acc += Type::load(cells);
+      }
       store(to + x, acc);
     }
     if (x == w) return;
