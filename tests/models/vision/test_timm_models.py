@@ -181,6 +181,13 @@ def test_file_for_features(tmp_path: Path):
     assert torch.allclose(normed(images())[0], want, atol=1e-6)
 
 
+def test_folder_as_on_the_hub(tmp_path: Path):
+    model = small(num_classes=5)
+    timm.models.save_for_hf(model, str(tmp_path), model_args=SMALL)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(images()), model(images()))
+
+
 def test_foreign_names_in_a_file_are_named(tmp_path: Path):
     state = small().state_dict()
     state["stages.9.weight"] = state.pop("norm.bias")
