@@ -37,7 +37,8 @@ STABLE_TORCH_LIBRARY(permattn_native, m) {
       "Tensor out, Tensor lse, Tensor dout, Tensor dlse, Tensor(a!) dq, Tensor(b!) dk, "
       "Tensor(c!) dv, Tensor(d!)? dweights, int[] boxes, bool count_padding, float scale, "
       "int isa) -> ()");
+  m.def(
       "cpu_route(Tensor q, Tensor k, int[] boxes, int topk, float scale, Tensor(a!) graph, "
       "Tensor(b!) values, int isa) -> ()");
-      m.def("cpu_best_isa() -> int");
+  m.def("cpu_best_isa() -> int");
 }

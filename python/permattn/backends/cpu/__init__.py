@@ -14,8 +14,8 @@ from permattn.backends.cpu.regions import (
     attend_regions,
     attend_regions_backward,
     why_not_regions,
-    why_not_route,
 )
+from permattn.backends.cpu.routing import route, why_not_route
 
 __all__ = [
     "ISAS",
@@ -29,6 +29,7 @@ __all__ = [
     "load",
     "prepare",
     "probe",
+    "route",
     "smoothing_of",
     "why_not",
     "why_not_probe",

@@ -12,7 +12,6 @@ from permattn.core.regions import (
     RegionBwdArgs,
     RegionGradients,
     RegionProblem,
-    RouteProblem,
     empty_region_out,
 )
 
@@ -25,10 +24,6 @@ def why_not_regions(problem: RegionProblem) -> str | None:
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         return f"takes head dims to {MAX_HEAD_DIM}, got {problem.head_dim}, {problem.head_dim_v}"
     return why_unusable()
-
-
-def why_not_route(problem: RouteProblem) -> str | None:
-    return f"does not route, got a problem of {problem.num_channels} channels"
 
 
 def attend_regions(args: RegionArgs, *, isa: str | None = None) -> tuple[Tensor, Tensor]:
