@@ -60,7 +60,7 @@ def draw_routed(axis: Any, pixels: Tensor, stage: StageRoutes, query: int, colou
         tint = 0.08 + 0.22 * share
         colour_of = np.array([int(_ROUTED[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         # A region that matters little stays dim, one that matters is bright and tinted.
-        bright = 0.45 + 0.55 * share
+        bright = 0.62 + 0.38 * share
         dimmed[rows, columns] = bright * ((1 - tint) * image[rows, columns] + tint * colour_of)
     axis.imshow(dimmed.clip(0, 1), interpolation="antialiased", extent=(0, width, height, 0))
     for (x, y, w, h), share in zip(boxes, shares, strict=True):
