@@ -129,6 +129,8 @@ def _ours(stage: Stage, backend: str) -> Attend:
 
 def _contenders(stage: Stage, backend: str, compiled: bool) -> dict[str, Attend]:
     made: dict[str, Attend] = {"ours": _ours(stage, backend)}
+    # As in bench.bilevel: many shapes would reach torch's limit of recompilations.
+    torch._dynamo.reset()
     for name, attend in attends(stage).items():
         if name == "ours":
             continue
