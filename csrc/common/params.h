@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace permattn {
 
 enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -18,7 +20,9 @@ struct IntView {
   const int32_t* data;
   int64_t stride_b, stride_h, size;
 
-  const int32_t* row(int64_t b, int64_t h) const { return data + b * stride_b + h * stride_h; }
+  PERMATTN_HD const int32_t* row(int64_t b, int64_t h) const {
+    return data + b * stride_b + h * stride_h;
+  }
 };
 
 // min_lag <= q_token - kv_token <= max_lag, both inclusive and inside int32 (see `band_of`).

@@ -37,7 +37,7 @@ inline LaneRange lanes_are_keys(const Band& band) {
           band.max_lag < band.min_lag};
 }
 
-inline bool token_is_seen(uint32_t lane_token, uint32_t token, const LaneRange& range) {
+PERMATTN_HD inline bool token_is_seen(uint32_t lane_token, uint32_t token, const LaneRange& range) {
   return lane_token - (token + range.offset) <= range.width;
 }
 
