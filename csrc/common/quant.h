@@ -11,10 +11,10 @@ namespace permattn {
 enum class Format : int32_t { kNone = 0, kInt8 = 1, kInt4 = 2, kFp8 = 3 };
 
 // Largest magnitude of a number, and of a probability, which is never negative.
-constexpr float high_of(Format format) {
+PERMATTN_HD constexpr float high_of(Format format) {
   return format == Format::kInt8 ? 127.0F : format == Format::kInt4 ? 7.0F : 448.0F;
 }
-constexpr float probability_high_of(Format format) {
+PERMATTN_HD constexpr float probability_high_of(Format format) {
   return format == Format::kInt8 ? 255.0F : format == Format::kInt4 ? 15.0F : 448.0F;
 }
 
@@ -25,7 +25,19 @@ enum class Layout : int32_t {
   kBfloat16Rows = 2,  // the same, FP8 numbers as bfloat16, which holds them exactly
   kQuads = 3,         // [group][quad of slots][column][4]
   kTiles = 4,         // [group][64 slots][16 columns][column][64]: tiles of 16 rows of 64 bytes
+  kNibbleRows = 5,    // as kRows, INT4 two to a byte, the even column in the low half
+  // [group][column][rows_per_scale], INT4 two to a byte: columns whose slots lie in the order in
+  // which lanes of a warp hold probabilities (see fragment_slot), zeros past the last slot.
+  kFragments = 6,
 };
+
+// The slot that stands at place `at` of kFragments, counted from the first slot of its group: where
+// a lane has the products of keys 2t, 2t + 1, 2t + 8 and 2t + 9, it multiplies them by four places
+// in a row. Of 16 slots for bytes, and of 32 for nibbles, whose lanes take eight places in a row.
+PERMATTN_HD constexpr int32_t fragment_slot(Format format, int32_t at) {
+  if (format == Format::kInt4) return at / 32 * 32 + at % 8 / 2 * 8 + at / 8 % 4 * 2 + at % 2;
+  return at / 16 * 16 + at / 4 % 4 * 2 + at % 2 + at / 2 % 2 * 8;
+}
 
 // Norm and rotary embedding of rows; null pointers where there is none.
 struct Transform {

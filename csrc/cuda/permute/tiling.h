@@ -1,0 +1,80 @@
+// How rows are shared out to blocks and threads. Plain numbers, worked out once on the host.
+#pragma once
+#include "../../common/quant.h"
+
+namespace permattn::cuda {
+
+// Columns of a row that one thread holds: 16 bytes of a 16-bit type.
+constexpr int32_t kChunk = 8;
+// A thread holds rows 2t, 2t + 1, 2t + 8 and 2t + 9 of 16, which are neighbours in kFragments.
+constexpr int32_t kQuad = 4;
+// Rows of a block where groups are smaller or there are none.
+constexpr int32_t kTileRows = 64;
+constexpr int32_t kMaxThreads = 512;
+
+struct PrepareTiling {
+  int32_t lanes;           // threads of a row, a power of two from 8 to 32
+  int32_t rows_per_group;  // that share a scale; kTileRows where there is none
+  int32_t groups;          // of a tile
+  int32_t threads;
+  int32_t quads_per_thread;   // 1 or 2
+  int64_t tiles, num_groups;  // of a head
+
+  PERMATTN_HD constexpr int32_t rows() const { return groups * rows_per_group; }
+};
+
+PERMATTN_HD constexpr int32_t round_up_to(int32_t x, int32_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+// For 1 to kMaxRowsPerScale rows per scale and 1 to 256 columns.
+constexpr PrepareTiling tiling_of(const PrepareParams& p) {
+  PrepareTiling t{};
+  t.lanes = p.dim <= 64 ? 8 : p.dim <= 128 ? 16 : 32;
+  const bool has_scales = p.format != Format::kNone;
+  t.rows_per_group = has_scales ? static_cast<int32_t>(p.rows_per_scale) : kTileRows;
+  t.groups = t.rows_per_group < kTileRows ? kTileRows / t.rows_per_group : 1;
+  t.num_groups = (p.padded_slots + t.rows_per_group - 1) / t.rows_per_group;
+  t.tiles = (t.num_groups + t.groups - 1) / t.groups;
+  const int32_t wanted = round_up_to(t.rows(), 16) / kQuad * t.lanes;
+  t.quads_per_thread = wanted > kMaxThreads ? 2 : 1;
+  t.threads = wanted / t.quads_per_thread;
+  return t;
+}
+
+// Dynamic shared memory: maxima of groups, which become inverses of scales, and behind them either
+// rows whose halves change places or tiles before they are written.
+struct PrepareShared {
+  int32_t high_stride;  // numbers of a group: its columns, or 1
+  int32_t spare_offset;
+  int32_t column_bytes;  // of a column of a tile of kFragments, with four more against conflicts
+  int32_t bytes;
+};
+
+constexpr PrepareShared shared_of(const PrepareParams& p, const PrepareTiling& t) {
+  PrepareShared s{};
+  const int32_t columns = t.lanes * kChunk;
+  s.high_stride = p.per_column ? columns : 1;
+  s.spare_offset = p.format == Format::kNone ? 0 : round_up_to(t.groups * s.high_stride * 4, 16);
+  int32_t spare = 0;
+  if (p.transform.cos != nullptr && !p.transform.interleaved) spare = t.threads * kChunk * 4;
+  if (p.layout == Layout::kFragments) {
+    s.column_bytes = (p.format == Format::kInt4 ? t.rows_per_group / 2 : t.rows_per_group) + 4;
+    const int32_t tile = t.groups * columns * s.column_bytes;
+    spare = spare > tile ? spare : tile;
+  }
+  s.bytes = s.spare_offset + spare;
+  return s;
+}
+
+// The one parameter of the kernel.
+struct PrepareArgs {
+  PrepareParams p;
+  PrepareTiling tiling;
+  PrepareShared shared;
+  float high;  // largest magnitude of the format
+  // Whether a thread's chunk is whole and aligned.
+  bool whole_x, whole_columns, whole_angles, whole_rows;
+};
+
+}  // namespace permattn::cuda
