@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../common/params.h"
 #include "../common/quant.h"
 
 namespace permattn::cuda {
@@ -29,7 +30,7 @@ struct Config {
   Format qk, pv;  // as computed: int4 is int8 where the hardware has no int4 product
 };
 
-// Width of the kernel that takes a head dim; 0: none does.
+// Least width of a kernel that could take a head dim; 0: there is none.
 constexpr int32_t padded_dim(int32_t head_dim) {
   return head_dim <= 64    ? 64
          : head_dim <= 96  ? 96
@@ -43,9 +44,6 @@ const char* why_not(const Shape& shape);
 
 // Only for shapes that have a kernel.
 Config select_config(const Shape& shape);
-
-// Dynamic shared memory of a kernel, in bytes.
-int64_t shared_bytes(const Config& config);
 
 // Shared memory that a block may have, in bytes.
 constexpr int64_t shared_limit(int32_t capability) {

@@ -1,0 +1,130 @@
+// One tile of queries against every key that its lists name: a pipeline of cp.async copies, lanes
+// of keys staged a tile ahead of them.
+#pragma once
+#include "epilogue.cuh"
+#include "query_rows.cuh"
+
+namespace permattn::sm80 {
+
+template <class T>
+PERMATTN_DEVICE void copy_keys(const AttentionArgs& args, const PartHead* heads,
+                               const LaneTile<T::kBlockN>& lanes, int32_t thread, char* stage) {
+  const PartArgs& part = args.parts[lanes.list / 2];
+  const PartHead& head = heads[lanes.list / 2];
+  device::copy_lanes<typename T::KLayout, T::kThreads>(
+      stage, thread, lanes, T::kQuantisedQk || part.k_in_slots, head.k, head.k_row_bytes,
+      args.head_dim * bits_of(T::kQk) / 8);
+  char* v_tile = stage + T::kKTileBytes;
+  if constexpr (!T::kQuantisedPv) {
+    device::copy_lanes<typename T::VLayout, T::kThreads>(
+        v_tile, thread, lanes, part.v_in_slots, head.v, head.v_row_bytes, args.head_dim_v * 2);
+  } else {
+    const int64_t first = static_cast<int64_t>(lanes.group) * args.head_dim_v;
+    device::copy_rows<typename T::VLayout, T::kThreads>(
+        v_tile, thread, row_bytes(T::kPv, T::kBlockN), head.v, [&](int row) -> const char* {
+          if (lanes.group < 0 || row >= args.head_dim_v) return nullptr;
+          return head.v + (first + row) * head.v_row_bytes;
+        });
+    constexpr int kFloats = kChunkBytes / 4;
+    for (int i = thread; i < T::kDim / kFloats; i += T::kThreads) {
+      const bool is_there = lanes.group >= 0 && i * kFloats < args.head_dim_v;
+      const float* from = head.v_scale + (is_there ? first + i * kFloats : 0);
+      ptx::cp_async_16(v_tile + T::kVTileBytes + i * kChunkBytes, from, is_there ? kChunkBytes : 0);
+    }
+  }
+}
+
+// Facts of the tile and its parts, worked out by a thread each.
+template <class T>
+PERMATTN_DEVICE void begin_tile(const AttentionArgs& args, const device::QueryTile& tile,
+                                int32_t thread, typename T::Bookkeeping& books) {
+  device::stage_query_tokens<T::kBlockM, T::kThreads>(args, tile, thread, books.q_tokens);
+  if (thread < args.num_parts) {
+    books.heads[thread] = device::part_head<T::kQk, T::kPv>(args, tile, thread);
+  }
+}
+
+template <class T>
+PERMATTN_DEVICE void attend(const AttentionArgs& args, char* shared) {
+  auto& books = *reinterpret_cast<typename T::Bookkeeping*>(shared + T::kBookkeepingOffset);
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const auto tile = device::query_tile<T::kBlockM>(args, static_cast<int32_t>(blockIdx.x));
+  const int64_t head = static_cast<int64_t>(tile.b) * args.q_heads + tile.h;
+  const LanePosition at{thread % 32, thread % 32 / 4, thread % 4};
+  const int32_t first_row = thread / 32 * T::kWarpRows;
+
+  begin_tile<T>(args, tile, thread, books);
+  __syncthreads();
+  char* q_tile = shared + T::kQOffset;
+  copy_queries<T>(args, tile, books.q_tokens, thread, q_tile);
+  ptx::cp_async_commit();
+
+  const device::QueryTokens queries{books.q_tokens, T::kBlockM,
+                                    device::token_span<T::kBlockM>(books.q_tokens),
+                                    args.q_token.data == nullptr};
+  using Stager = device::LaneStager<T::kBlockN, T::kQuantisedQk>;
+  Stager stager(args, books.heads, thread);
+  const int32_t num_tiles = device::num_key_tiles<T::kBlockN>(books.heads, args.num_parts);
+  if (thread < T::kBlockN) {
+#pragma unroll 1
+    for (int i = -Stager::kDelay; i < T::kStages; ++i) {
+      stager.step(queries, &books.lanes[i < 0 ? 0 : i]);
+    }
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  if (args.scale_log2 < 0.0F) {
+    negate_queries<T>(thread, q_tile);
+    __syncthreads();
+  }
+  QueryRows<T> q;
+  load_queries<T>(args, tile, books.q_tokens, q_tile, first_row, at, q);
+  Softmax<T> state;
+  load_state<T>(args, head, q, at, state);
+#pragma unroll
+  for (int i = 0; i < T::kStages - 1; ++i) {
+    if (i < num_tiles) {
+      copy_keys<T>(args, books.heads, books.lanes[i], thread, shared + i * T::kStageBytes);
+    }
+    ptx::cp_async_commit();
+  }
+
+  const bool warp_idles = first_row >= tile.num_rows;
+  int32_t ring = 0, stage = 0;  // of tile i
+#pragma unroll 1
+  for (int32_t i = 0; i < num_tiles; ++i) {
+    ptx::cp_async_wait<T::kStages - 2>();
+    // Now all have tile i, and nobody needs tile i - 1.
+    __syncthreads();
+    const int32_t last_stage = stage == 0 ? T::kStages - 1 : stage - 1;
+    const int32_t last_ring = ring == 0 ? T::kRing - 1 : ring - 1;
+    const int32_t next_ring = last_ring == 0 ? T::kRing - 1 : last_ring - 1;
+    if (i + T::kStages - 1 < num_tiles) {
+      copy_keys<T>(args, books.heads, books.lanes[next_ring], thread,
+                   shared + last_stage * T::kStageBytes);
+    }
+    ptx::cp_async_commit();
+    if (thread < T::kBlockN) stager.step(queries, &books.lanes[last_ring]);
+    if (!warp_idles) {
+      attend_tile<T>(args, q, books.lanes[ring], shared + stage * T::kStageBytes, at, state);
+    }
+    stage = stage == T::kStages - 1 ? 0 : stage + 1;
+    ring = ring == T::kRing - 1 ? 0 : ring + 1;
+  }
+  ptx::cp_async_wait<0>();
+  if (args.acc != nullptr) {
+    store_state<T>(args, head, q, at, state);
+    return;
+  }
+  __syncthreads();
+  store_rows<T>(args, tile, head, q, books.q_tokens, first_row, at, state, shared);
+}
+
+template <class T>
+PERMATTN_GLOBAL void __launch_bounds__(T::kThreads, 1)
+    attention_kernel(const __grid_constant__ AttentionArgs args) {
+  PERMATTN_DYNAMIC_SHARED(shared);
+  attend<T>(args, shared);
+}
+
+}  // namespace permattn::sm80

@@ -1,0 +1,72 @@
+// Q of a tile: gathered by token or slot, and read into the registers of warps.
+#pragma once
+#include "mainloop.cuh"
+
+namespace permattn::sm80 {
+
+template <class T>
+PERMATTN_DEVICE void copy_queries(const AttentionArgs& args, const device::QueryTile& tile,
+                                  const int32_t* tokens, int32_t thread, char* q_tile) {
+  constexpr int64_t kBytes = T::kQuantisedQk ? 1 : 2;
+  const char* base = static_cast<const char*>(args.q.data) +
+                     (tile.b * args.q.stride_b + tile.h * args.q.stride_h) * kBytes;
+  const int64_t stride = args.q.stride_s * kBytes;
+  device::copy_rows<typename T::QLayout, T::kThreads>(
+      q_tile, thread, args.head_dim * bits_of(T::kQk) / 8, base, [&](int row) -> const char* {
+        if (tokens[row] < 0) return nullptr;
+        return base + (T::kQuantisedQk ? tile.first_slot + row : tokens[row]) * stride;
+      });
+}
+
+// Numbers of a word with their signs turned.
+template <class T>
+PERMATTN_DEVICE uint32_t negated(uint32_t word) {
+  if constexpr (T::kQuantisedQk) {
+    // Two's complement of every number at once: what is carried stays below the sign bits.
+    constexpr uint32_t kSigns = T::kQk == Format::kInt8 ? 0x80808080U : 0x88888888U;
+    constexpr uint32_t kOnes = T::kQk == Format::kInt8 ? 0x01010101U : 0x11111111U;
+    return ((~word & ~kSigns) + kOnes) ^ (~word & kSigns);
+  } else {
+    return word ^ 0x80008000U;
+  }
+}
+
+// The largest of a row's scores is looked for before they are scaled, so the scale must be
+// positive: where it is not, -Q takes the place of Q.
+template <class T>
+PERMATTN_DEVICE void negate_queries(int32_t thread, char* q_tile) {
+  auto* words = reinterpret_cast<uint32_t*>(q_tile);
+  for (int i = thread; i < T::kQBytes / 4; i += T::kThreads) words[i] = negated<T>(words[i]);
+}
+
+// Factors and tokens of a warp's rows; its numbers, where they stay in registers.
+template <class T>
+PERMATTN_DEVICE void load_queries(const AttentionArgs& args, const device::QueryTile& tile,
+                                  const int32_t* tokens, const char* q_tile, int32_t first_row,
+                                  const LanePosition& at, QueryRows<T>& q) {
+  const float scale = fmaxf(fabsf(args.scale_log2), 1e-30F);
+#pragma unroll
+  for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int32_t row = first_row + 16 * m + 8 * half + at.row;
+      q.token[m][half] = tokens[row];
+      q.factor[m][half] = scale;
+      if constexpr (T::kQuantisedQk) {
+        const int64_t head = static_cast<int64_t>(tile.b) * args.q_heads + tile.h;
+        const int64_t groups = (args.num_q_slots + args.q_rows - 1) / args.q_rows;
+        if (tokens[row] >= 0) {
+          q.factor[m][half] *= args.q_scale[head * groups + (tile.first_slot + row) / args.q_rows];
+        }
+      }
+    }
+  }
+  q.tile = q_tile;
+  q.address = MatrixAddress<typename T::QLayout>::of_a(at.lane, first_row);
+  if constexpr (T::kQInRegisters) {
+#pragma unroll
+    for (int step = 0; step < T::kQkSteps; ++step) q.read(step, q.fragments[step]);
+  }
+}
+
+}  // namespace permattn::sm80
