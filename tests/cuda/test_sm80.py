@@ -1,0 +1,131 @@
+"""The kernel for mma.sync against float64, and what it promises beside numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import BRAIN, CASES, HALF, SINGLE, WINDOW, Case, a_shape, dense, drawn, expected
+from launches import Call, attend
+from permattn.core import AttnPart, AttnPlan, BlockIndex, Permutation, TokenBand
+from permattn.testing import assert_within, poison_unseen, random_plan, visible_pairs
+
+WIDEST = 128
+# The kernel computes in 16 bits: cases of float32 run in bfloat16.
+ATTENDED = [
+    replace(c, dtype=BRAIN if c.dtype == SINGLE else c.dtype)
+    for c in CASES
+    if max(c.dim, c.dim_v) <= WIDEST
+]
+MORE = [
+    Case("tiles-of-128-queries", dense(300, 300), heads=2, dim=128, dim_v=128, dtype=BRAIN),
+    Case(
+        "blocks-of-128",
+        drawn(400, 390, heads=2, density=0.5, block_q=128, block_kv=128),
+        dim=64,
+        dim_v=64,
+        dtype=HALF,
+    ),
+    Case("head-dim-96", drawn(200, 200, permuted=True), dim=96, dim_v=96, dtype=BRAIN),
+    Case(
+        "permuted-dim-128",
+        drawn(200, 260, heads=2, permuted=True, holes=9, block_q=64, block_kv=64, density=0.5),
+        dim=128,
+        dim_v=128,
+        dtype=HALF,
+    ),
+]
+
+
+def run(shim, case: Case, **options):
+    plan = case.plan()
+    q, k, v, *_ = inputs = case.inputs(plan)
+    return plan, inputs, attend(shim, Call(q, k, v, plan, case.scale, **options))
+
+
+@pytest.mark.parametrize("case", [*ATTENDED, *MORE], ids=str)
+def test_matches_float64(shim, case):
+    plan, inputs, found = run(shim, case)
+    plain, exact = expected(plan, inputs, case.scale)
+    for name, value in zip(("out", "lse"), found, strict=True):
+        assert_within(value, plain[name], exact[name], f"{case} {name}")
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["lazy", "eager"])
+@pytest.mark.parametrize("case", [MORE[0], MORE[3]], ids=str)
+def test_bits_do_not_depend_on_the_schedule(shim, case, eager):
+    _, _, first = run(shim, case)
+    for seed in (0, 2, 3):
+        shim.set_options(seed, eager)
+        for a, b in zip(run(shim, case)[2], first, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_panels_have_no_bank_conflicts(shim):
+    shim.take_statistics()
+    run(shim, MORE[3])
+    loads, conflicts = shim.take_statistics()
+    assert loads > 0
+    assert conflicts == 0
+
+
+def test_tiles_in_any_order_give_the_same_bits(shim):
+    case = Case("order", dense(300, 300), dim=64, dim_v=64, dtype=BRAIN)
+    _, _, first = run(shim, case)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    for a, b in zip(run(shim, case, order=order)[2], first, strict=True):
+        assert torch.equal(a, b)
+
+
+def banded(**options) -> AttnPlan:
+    return random_plan(100, 120, heads=2, batch=1, density=0.5, block_q=32, block_kv=32, **options)
+
+
+POISONED = {
+    "unlisted-blocks": random_plan(100, 120, heads=2, density=0.1, block_q=32, block_kv=32),
+    "causal": banded(band=TokenBand(0)),
+    "inside-window": banded(band=TokenBand(None, -10)),
+    "window-of-two-ends": banded(band=TokenBand(-20, -5)),
+    "window-out-of-order": banded(band=WINDOW, permuted=True, holes=7),
+    "empty-band": banded(band=TokenBand(5, 5)),
+    "holes-among-queries": banded(permuted=True, holes=40, band=TokenBand(-8, -1)),
+}
+
+
+@pytest.mark.parametrize("plan", POISONED.values(), ids=list(POISONED))
+def test_keys_that_no_query_sees_are_not_read(shim, plan):
+    case = Case("poison", lambda: plan, heads=2, kv_heads=1, dtype=BRAIN)
+    q, k, v, *_ = case.inputs(plan)
+    seen = visible_pairs(plan, 1, 2) > 0
+    seen_by_head = seen.any(2).any(1, keepdim=True)
+    assert not seen_by_head.all()
+    clean = attend(shim, Call(q, k, v, plan, case.scale))
+    poisoned = [poison_unseen(x, seen_by_head) for x in (k, v)]
+    assert all(x.isnan().any() for x in poisoned)
+    for a, b in zip(attend(shim, Call(q, *poisoned, plan, case.scale)), clean, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_numbers_out_of_range_are_holes(shim):
+    """A plan that was not checked reads nothing outside its tensors."""
+    q, k, v, *_ = Case("x", dense(64, 64), dim=64, dim_v=64, dtype=BRAIN).inputs(dense(64, 64)())
+    perm = Permutation.identity(64)
+    entries = torch.tensor([[[0, 7, -3, 1 << 30, 1]]], dtype=torch.int32)
+    offsets, full = (torch.tensor([[x]], dtype=torch.int32) for x in ([0, 5], [5]))
+    index = BlockIndex(entries, offsets, full, 64, 32)
+    wild = AttnPlan((AttnPart(perm, perm, index, TokenBand()),), validate=False)
+    tame = dense(64, 64, causal=False)()
+    for a, b in zip(
+        attend(shim, Call(q, k, v, wild, 0.2)), attend(shim, Call(q, k, v, tame, 0.2)), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
+
+
+def test_parts_share_a_launch(shim):
+    case = Case("shared", lambda: a_shape(200), dim=64, dim_v=64, dtype=BRAIN)
+    plan, inputs, found = run(shim, case)
+    assert len(plan.parts) == 2
+    assert len(set(plan.q_groups())) == 1
+    plain, exact = expected(plan, inputs, case.scale)
+    assert_within(found[0], plain["out"], exact["out"], "out")
