@@ -41,6 +41,9 @@ def cxx_sources() -> list[Path]:
 
 
 def cuda_sources() -> list[Path]:
+    # Kernels that no operator calls are not shipped.
+    if not (CSRC / "binding" / "cuda.cpp").exists():
+        return []
     return sorted((CSRC / "cuda").rglob("*.cu"))
 
 
