@@ -10,11 +10,10 @@ template <Dtype kDtype>
 PERMATTN_DEVICE void token_statistics(const cuda::TokenStatisticsArgs& args) {
   using Reader = RowReader<kDtype>;
   const PrepareParams& p = args.p;
-  const auto warp = static_cast<int64_t>(blockIdx.x) * (cuda::kStatisticsThreads / 32) +
-                    static_cast<int32_t>(threadIdx.x) / 32;
+  const uint32_t warp = blockIdx.x * (cuda::kStatisticsThreads / 32) + threadIdx.x / 32;
   if (warp >= p.batch * p.tokens) return;
-  const auto b = static_cast<int32_t>(warp / p.tokens);
-  const auto token = static_cast<int32_t>(warp % p.tokens);
+  const auto tokens = static_cast<uint32_t>(p.tokens);
+  const auto b = static_cast<int32_t>(warp / tokens), token = static_cast<int32_t>(warp % tokens);
   const int32_t warp_lane = static_cast<int32_t>(threadIdx.x) % 32;
   const auto chunks = static_cast<int32_t>(p.heads) * args.lanes;
 
@@ -39,8 +38,8 @@ PERMATTN_DEVICE void token_statistics(const cuda::TokenStatisticsArgs& args) {
   }
   const float square = sum_of([mean](float x) { return (x - mean) * (x - mean); });
   if (warp_lane != 0) return;
-  args.stats[2 * warp] = mean;
-  args.stats[2 * warp + 1] =
+  args.stats[2 * static_cast<int64_t>(warp)] = mean;
+  args.stats[2 * static_cast<int64_t>(warp) + 1] =
       quotient(1.0F, square_root(sum(quotient(square, count), p.transform.eps)));
 }
 
@@ -76,22 +75,31 @@ PERMATTN_DEVICE void column_statistics(const cuda::ColumnStatisticsArgs& args, c
     lowest[i] = kInfinity;
     highest[i] = -kInfinity;
   }
+  // Some rows are asked for before the first is waited for.
+  constexpr int kAhead = 4;
   const int32_t units = cuda::kStatisticsThreads / args.lanes;
-  for (int64_t at = thread / args.lanes; at < cuda::kTokensPerRun; at += units) {
-    const int64_t place = run * cuda::kTokensPerRun + at;
-    const bool counts = place < p.tokens && (seen == nullptr || seen[place] != 0);
-    const int32_t token = counts ? static_cast<int32_t>(place) : -1;
-    typename Reader::Chunk chunk;
-    float x[kChunk];
-    reader.load(token, chunk);
-    Type<kDtype>::unpack(chunk, x);
-    reader.transform(token, x);
-    if (!counts) continue;
+  for (int64_t at = thread / args.lanes; at < cuda::kTokensPerRun; at += kAhead * units) {
+    typename Reader::Chunk chunk[kAhead];
+    int32_t token[kAhead];
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      total[i] += x[i];
-      lowest[i] = x[i] < lowest[i] ? x[i] : lowest[i];
-      highest[i] = x[i] > highest[i] ? x[i] : highest[i];
+    for (int s = 0; s < kAhead; ++s) {
+      const int64_t place = run * cuda::kTokensPerRun + at + s * units;
+      const bool counts = place < p.tokens && (seen == nullptr || seen[place] != 0);
+      token[s] = counts ? static_cast<int32_t>(place) : -1;
+      reader.load(token[s], chunk[s]);
+    }
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+      float x[kChunk];
+      Type<kDtype>::unpack(chunk[s], x);
+      reader.transform(token[s], x);
+      if (token[s] < 0) continue;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        total[i] += x[i];
+        lowest[i] = x[i] < lowest[i] ? x[i] : lowest[i];
+        highest[i] = x[i] > highest[i] ? x[i] : highest[i];
+      }
     }
   }
   __syncthreads();

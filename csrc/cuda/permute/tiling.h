@@ -23,6 +23,24 @@ struct PrepareTiling {
   PERMATTN_HD constexpr int32_t rows() const { return groups * rows_per_group; }
 };
 
+// Threads of a row.
+constexpr int32_t lanes_of(const PrepareParams& p) {
+  return p.dim <= 64 ? 8 : p.dim <= 128 ? 16 : 32;
+}
+
+inline bool is_aligned(const void* p, uint64_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+// Whether every chunk of x is whole and stands at a multiple of 16 bytes.
+inline bool has_whole_chunks(const PrepareParams& p) {
+  const int64_t per_word = p.dtype == Dtype::kFloat32 ? 4 : 8;
+  return p.dim % kChunk == 0 && is_aligned(p.x.data, 16) &&
+         (p.batch == 1 || p.x.stride_b % per_word == 0) &&
+         (p.heads == 1 || p.x.stride_h % per_word == 0) &&
+         (p.tokens == 1 || p.x.stride_s % per_word == 0);
+}
+
 PERMATTN_HD constexpr int32_t round_up_to(int32_t x, int32_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
@@ -30,7 +48,7 @@ PERMATTN_HD constexpr int32_t round_up_to(int32_t x, int32_t multiple) {
 // For 1 to kMaxRowsPerScale rows per scale and 1 to 256 columns.
 constexpr PrepareTiling tiling_of(const PrepareParams& p) {
   PrepareTiling t{};
-  t.lanes = p.dim <= 64 ? 8 : p.dim <= 128 ? 16 : 32;
+  t.lanes = lanes_of(p);
   const bool has_scales = p.format != Format::kNone;
   t.rows_per_group = has_scales ? static_cast<int32_t>(p.rows_per_scale) : kTileRows;
   t.groups = t.rows_per_group < kTileRows ? kTileRows / t.rows_per_group : 1;
