@@ -3,7 +3,6 @@
 
 #include <numeric>
 
-#include "../primitives/launch.cuh"
 #include "blocks.cuh"
 #include "order.cuh"
 

@@ -1,6 +1,5 @@
 // Kernels of one type of x: what an instantiation file turns into code.
 #pragma once
-#include "../primitives/launch.cuh"
 #include "launch_rows.h"
 #include "prepare.cuh"
 #include "statistics.cuh"

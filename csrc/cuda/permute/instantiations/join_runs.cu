@@ -1,5 +1,4 @@
 // The second stage of column statistics.
-#include "../../primitives/launch.cuh"
 #include "../statistics.cuh"
 
 namespace permattn::cuda {
