@@ -36,9 +36,9 @@ def apply(function: Callable, view: str, into: int, sources: list[int]) -> Run:
         def run_two(bank, mask):
             rows = bank.rows[view]
             if mask is None:
-                function(rows[left], rows[right], rows[into])
+                function(rows[left], rows[right], out=rows[into])
             else:
-                function(rows[left], rows[right], rows[into], where=mask)
+                function(rows[left], rows[right], out=rows[into], where=mask)
 
         return run_two
 
@@ -213,16 +213,11 @@ def _div(instruction: Instruction, registers: Registers) -> Run:
     is_div = instruction.parts[0] == "div"
 
     def by_integer(x, y):
-        if x.dtype.kind == "u":
-            safe = np.where(y == 0, 1, y).astype(y.dtype)
-            quotient = x // safe
-        else:
-            # Cut towards zero, where numpy rounds down.
-            wide, safe = x.astype(np.int64), np.where(y == 0, 1, y).astype(np.int64)
-            quotient = (np.sign(wide) * np.sign(safe) * (np.abs(wide) // np.abs(safe))).astype(
-                x.dtype
-            )
-            safe = safe.astype(x.dtype)
+        safe = np.where(y == 0, 1, y).astype(y.dtype)
+        quotient = x // safe
+        # numpy rounds down, PTX cuts towards zero.
+        cut = (x - quotient * safe != 0) & ((x < 0) != (safe < 0))
+        quotient = quotient + cut.astype(x.dtype)
         return quotient if is_div else x - quotient * safe
 
     return _operation(instruction, registers, by_integer, np.divide)

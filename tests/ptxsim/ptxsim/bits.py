@@ -91,10 +91,13 @@ def _extract(instruction: Instruction, registers: Registers) -> Run:
         size = (bank.rows["u32"][length] & np.uint32(255)).astype(np.int64)
         value = bank.rows[kind][source]
         # To the top, then down again: the arithmetic shift of signed types extends the sign.
+        past = (start >= bits) & (size > 0)
         size = np.where(start + size > bits, np.maximum(bits - start, 0), size)
         up = np.clip(bits - start - size, 0, bits - 1).astype(value.dtype)
         down = np.clip(bits - size, 0, bits - 1).astype(value.dtype)
         result = np.where(size == 0, value.dtype.type(0), (value << up) >> down)
+        if kind[0] == "s":
+            result = np.where(past, value >> value.dtype.type(bits - 1), result)
         put(bank.rows[kind][into], result, mask)
 
     return run

@@ -14,6 +14,7 @@ from .errors import SimulationError
 from .memory import GlobalMemory, Region
 from .parse import Parameter, Program, parse
 from .registers import PARAM_WINDOW, VIEWS, Registers
+from .scheduler import Scheduler
 from .steps import Step, compile_steps
 from .tma import TensorMap
 from .wave import Options, Wave, dynamic_start
@@ -128,11 +129,11 @@ def _run(made, grid, block, shared_bytes, parameters, memory, options: Options) 
     at_once = options.blocks_at_once or _blocks_at_once(made, int(np.prod(block)))
     at_once = max(1, min(at_once, len(blocks)))
     facts = (block, shared_bytes, parameters, memory, at_once, options)
-    wave = Wave(made.registers, made.steps, *facts)
+    scheduler = Scheduler(Wave(made.registers, made.steps, *facts))
     with np.errstate(all="ignore"):
         for first in range(0, len(blocks), at_once):
-            wave.run(blocks[first : first + at_once], grid)
-    return Report(wave.steps_run, len(blocks), dict(wave.statistics))
+            scheduler.run(blocks[first : first + at_once], grid)
+    return Report(scheduler.steps_run, len(blocks), dict(scheduler.wave.statistics))
 
 
 def _blocks_at_once(made: Compiled, threads: int) -> int:

@@ -11,9 +11,25 @@ from .errors import SimulationError
 # Addresses below are never handed out, so that a null pointer into shared memory is found.
 FIRST_SHARED_BYTE = 1024
 TYPE_BYTES = {
-    "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2,
-    "b32": 4, "u32": 4, "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4,
-    "b64": 8, "u64": 8, "s64": 8, "f64": 8, "b128": 16,
+    "b8": 1,
+    "u8": 1,
+    "s8": 1,
+    "b16": 2,
+    "u16": 2,
+    "s16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "b32": 4,
+    "u32": 4,
+    "s32": 4,
+    "f32": 4,
+    "f16x2": 4,
+    "bf16x2": 4,
+    "b64": 8,
+    "u64": 8,
+    "s64": 8,
+    "f64": 8,
+    "b128": 16,
 }
 _ENTRY = re.compile(r"(?:\.visible\s+|\.weak\s+|\.extern\s+|\.common\s+)*\.(entry|func)\b")
 _VARIABLE = re.compile(

@@ -16,11 +16,26 @@ PARAM_WINDOW = 1 << 57
 LOCAL_WINDOW = 1 << 58
 
 VIEWS = {
-    "b8": np.uint8, "u8": np.uint8, "s8": np.int8,
-    "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "f16": np.float16, "bf16": np.uint16,
-    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32,
-    "f16x2": np.uint32, "bf16x2": np.uint32, "tf32": np.uint32,
-    "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f64": np.float64, "f32x2": np.uint64,
+    "b8": np.uint8,
+    "u8": np.uint8,
+    "s8": np.int8,
+    "b16": np.uint16,
+    "u16": np.uint16,
+    "s16": np.int16,
+    "f16": np.float16,
+    "bf16": np.uint16,
+    "b32": np.uint32,
+    "u32": np.uint32,
+    "s32": np.int32,
+    "f32": np.float32,
+    "f16x2": np.uint32,
+    "bf16x2": np.uint32,
+    "tf32": np.uint32,
+    "b64": np.uint64,
+    "u64": np.uint64,
+    "s64": np.int64,
+    "f64": np.float64,
+    "f32x2": np.uint64,
 }
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _FILE_TYPE = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
@@ -33,7 +48,9 @@ _SPECIAL = {
     **{f"%lanemask_{name}": 32 for name in ("eq", "lt", "le", "gt", "ge")},
     **{f"%cluster_{name}": 32 for name in ("ctarank", "nctarank")},
     **{f"%{name}": 32 for name in ("dynamic_smem_size", "total_smem_size")},
-    "%clock64": 64, "%globaltimer": 64, "%gridid": 64,
+    "%clock64": 64,
+    "%globaltimer": 64,
+    "%gridid": 64,
 }
 _NUMBER = re.compile(r"(-?)(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?$")
 

@@ -1,9 +1,4 @@
-"""The blocks that run together, and the order in which their threads run.
-
-All threads that stand at the same instruction are one group and run as vectors; the group that is
-furthest behind runs first, until it meets another. Threads that wait (barriers, mbarriers) are
-parked. Asynchronous copies land only when nobody can run, so that a missing wait is found.
-"""
+"""State of the blocks that run together: registers, memories and what is under way."""
 
 from __future__ import annotations
 
@@ -15,19 +10,16 @@ from typing import Any
 import numpy as np
 
 from .async_copy import AsyncCopies
-from .barriers import NamedBarrier, Request
-from .errors import Diverged, SimulationError, fault
+from .errors import SimulationError, fault
 from .hazards import Hazards
 from .mbarrier import Barriers
 from .memory import GlobalMemory
 from .parse import FIRST_SHARED_BYTE, Instruction
 from .registers import PARAM_WINDOW, UNSIGNED, Files, Registers
 from .shared import SharedMemory, stride_of
-from .steps import Kind, Step
+from .steps import Step
 from .tma import BulkGroups, TensorMap
-from .wgmma import Warpgroup, note_registers
-
-_FAR = 1 << 60
+from .wgmma import Warpgroup
 
 
 class Bank:
@@ -38,24 +30,6 @@ class Bank:
         self.rows = wave.files.rows(first, last)
         self.agent = wave.agent[first:last]
         self.shared_base = wave.shared_base[first:last]
-
-
-@dataclass
-class Group:
-    """Threads at one instruction: those of a bank where the mask holds (None: all)."""
-
-    pc: int
-    bank: Bank
-    mask: np.ndarray | None
-    stalled: SimulationError | None = None
-
-    def active(self) -> np.ndarray:
-        return np.ones(self.bank.size, bool) if self.mask is None else self.mask
-
-    def __str__(self) -> str:
-        threads = np.flatnonzero(self.active()) + self.bank.first
-        inside = threads % self.bank.wave.block_threads
-        return f"{len(threads)} threads ({inside.min()} to {inside.max()})"
 
 
 @dataclass(frozen=True)
@@ -119,6 +93,8 @@ class Wave:
         self.tiles: dict[Any, np.ndarray] = {}
         self._bulk: dict[int, BulkGroups] = {}
         self._maps: dict[int, TensorMap] = {}
+        self.registers_of: dict[int, int] = {}  # by warp, where setmaxnreg said so
+        self.exited = np.zeros(self.threads, bool)
         self.statistics: Counter[str] = Counter()
 
     def _set_thread_numbers(self, shared_bytes: int, size: int) -> None:
@@ -203,44 +179,23 @@ class Wave:
         block, byte = divmod(flat, self.shared.stride)
         return f"shared byte {byte - FIRST_SHARED_BYTE} of block {block} of the batch"
 
-    # The scheduler.
+    def bank(self, first: int, last: int) -> Bank:
+        """The bank of a range of threads, made once."""
+        if (first, last) not in self._banks:
+            self._banks[first, last] = Bank(self, first, last)
+        return self._banks[first, last]
 
-    def run(self, blocks: Sequence[tuple[int, int, int]], grid: tuple[int, int, int]) -> None:
-        """Runs some blocks to their end."""
-        self._reset(blocks, grid)
-        while self._groups or self._parked:
-            if self.mbarriers.flips != self._flips_seen:
-                self._flips_seen = self.mbarriers.flips
-                self._groups += self._parked
-                self._parked = []
-            self._merge()
-            ready = [g for g in self._groups if g.stalled is None]
-            if not ready:
-                if not self.events:
-                    raise self._deadlock()
-                self.events.popleft()()
-                continue
-            group = min(ready, key=lambda g: g.pc)
-            self._groups = [g for g in self._groups if g is not group]
-            later = [g.pc for g in self._groups if g.pc > group.pc]
-            self._advance(group, min(later, default=_FAR))
-        self._check_end()
-
-    steps_run = 0
-
-    def _reset(self, blocks: Sequence[tuple[int, int, int]], grid: tuple[int, int, int]) -> None:
+    def reset(self, blocks: Sequence[tuple[int, int, int]], grid: tuple[int, int, int]) -> None:
+        """Ready for these blocks; fewer than fit leave threads idle."""
         self.shared.reset()
         self.mbarriers.reset()
         self.copies.reset()
         self.events.clear()
         self.warpgroups.clear()
         self._bulk.clear()
-        self.registers_of: dict[int, int] = {}
-        self._barriers: dict[tuple[int, int], NamedBarrier] = {}
-        self._flips_seen = self.mbarriers.flips
+        self.registers_of = {}
         thread = np.arange(self.threads) % (32 * self.warps)
-        here = (self.block_of < len(blocks)) & (thread < self.block_threads)
-        self.exited = ~here
+        self.exited = (self.block_of >= len(blocks)) | (thread >= self.block_threads)
         for axis, column in zip("xyz", zip(*blocks, strict=True), strict=True):
             index = np.array([*column, *[0] * (self.blocks - len(blocks))])
             self.files.set_special(f"%ctaid.{axis}", index[self.block_of])
@@ -248,209 +203,11 @@ class Wave:
         for axis, n in zip("xyz", grid, strict=True):
             self.files.set_special(f"%nctaid.{axis}", n)
             self.files.set_special(f"%nclusterid.{axis}", n)
-        self._parked: list[Group] = []
-        self._groups = [self._group(0, here)]
-        self._live = here.reshape(self.blocks, -1).sum(1)
 
-    def _group(self, pc: int, active: np.ndarray) -> Group:
-        """The smallest bank around the active ones of all threads."""
-        warps = np.flatnonzero(active.reshape(-1, 32).any(1))
-        first, last = 32 * int(warps[0]), 32 * int(warps[-1]) + 32
-        mask = active[first:last]
-        return Group(pc, self._bank(first, last), None if mask.all() else mask)
-
-    def _bank(self, first: int, last: int) -> Bank:
-        if (first, last) not in self._banks:
-            self._banks[first, last] = Bank(self, first, last)
-        return self._banks[first, last]
-
-    def _spread(self, group: Group) -> np.ndarray:
-        active = np.zeros(self.threads, bool)
-        active[group.bank.first : group.bank.last] = group.active()
-        return active
-
-    def _part(self, pc: int, bank: Bank, mask: np.ndarray) -> Group:
-        active = np.zeros(self.threads, bool)
-        active[bank.first : bank.last] = mask
-        return self._group(pc, active)
-
-    def _merge(self) -> None:
-        if len(self._groups) < 2:
-            return
-        by_pc: dict[int, list[Group]] = {}
-        for group in self._groups:
-            by_pc.setdefault(group.pc, []).append(group)
-        if len(by_pc) == len(self._groups):
-            return
-        merged = []
-        for pc, groups in by_pc.items():
-            if len(groups) == 1:
-                merged += groups
-            else:
-                active = np.logical_or.reduce([self._spread(g) for g in groups])
-                merged.append(self._group(pc, active))
-        self._groups = merged
-
-    def _advance(self, group: Group, limit: int) -> None:
-        """Runs a group until it ends, waits, splits or meets `limit`."""
-        bank, mask, pc, steps = group.bank, group.mask, group.pc, self.steps
-        predicates = bank.rows["pred"]
-        alone = not self._groups
-        while True:
-            if pc >= len(steps):
-                raise SimulationError("the kernel runs past its last instruction")
-            step = steps[pc]
-            active = mask
-            if step.guard >= 0:
-                active = predicates[step.guard]
-                if step.negated:
-                    active = ~active
-                if mask is not None:
-                    active = active & mask
-                count = np.count_nonzero(active)
-                if count == 0:
-                    pc += 1
-                    if pc >= limit:
-                        break
-                    continue
-                active = None if count == bank.size else active
-            self.steps_run += 1
-            if step.watched and self.warpgroups and step.instruction.parts[0] != "wgmma":
-                note_registers(step, bank, active)
-            if step.kind == Kind.PLAIN:
-                try:
-                    step.run(bank, active)
-                except Diverged as stop:
-                    self._groups.append(Group(pc, bank, mask, stop.error))
-                    return
-                pc += 1
-            elif step.kind == Kind.BRANCH:
-                rest = self._rest(bank, mask, active)
-                if rest is not None:
-                    self._groups.append(self._part(pc + 1, bank, rest))
-                    here = np.ones(bank.size, bool) if active is None else active
-                    self._groups.append(self._part(step.target, bank, here.copy()))
-                    return
-                backwards, pc = step.target <= pc, step.target
-                if backwards and not alone:
-                    break
-                if backwards and self.steps_run > self.options.most_steps:
-                    raise fault(step.instruction, f"more than {self.options.most_steps} steps")
-            else:
-                self._leave(step, pc, bank, mask, active)
-                return
-            if pc >= limit:
-                break
-        self._groups.append(Group(pc, bank, mask))
-
-    @staticmethod
-    def _rest(bank: Bank, mask, active) -> np.ndarray | None:
-        """The threads of a group that a predicate leaves out; None: there are none."""
-        if active is None or active is mask:
-            return None
-        rest = ~active if mask is None else mask & ~active
-        return rest if rest.any() else None
-
-    def _leave(self, step: Step, pc: int, bank: Bank, mask, active) -> None:
-        """Exits, barriers and waits: what becomes of a group's threads."""
-        rest = self._rest(bank, mask, active)
-        if rest is not None:
-            self._groups.append(self._part(pc + 1, bank, rest))
-        here = np.ones(bank.size, bool) if active is None else active.copy()
-        if step.kind == Kind.EXIT:
-            self.exited[bank.first : bank.last] |= here
-            blocks, counts = np.unique(
-                self.block_of[bank.first : bank.last][here], return_counts=True
-            )
-            self._live[blocks] -= counts
-            for block in blocks.tolist():
-                for key in [k for k in self._barriers if k[0] == block]:
-                    self._try_barrier(step.instruction, key)
-        elif step.kind == Kind.WAIT:
-            waiting = step.run(bank, active)
-            if waiting is None:
-                self._groups.append(self._part(pc + 1, bank, here))
-                return
-            if (here & ~waiting).any():
-                self._groups.append(self._part(pc + 1, bank, here & ~waiting))
-            parked = self._part(pc, bank, waiting)
-            # The flip may be among this step's own doings in the mode that lands at once.
-            ready = self.mbarriers.flips != self._flips_seen
-            (self._groups if ready else self._parked).append(parked)
-        else:
-            self._arrive(step, pc, bank, active, here, step.run(bank, active))
-
-    def _arrive(self, step, pc: int, bank: Bank, active, here, request: Request) -> None:
-        lanes = np.flatnonzero(here)
-        blocks = self.block_of[bank.first + lanes]
-        key = blocks * 16 + request.number
-        hazards = self.shared.hazards
-        if not request.waits:
-            self._groups.append(self._part(pc + 1, bank, here))
-        for value in np.unique(key).tolist():
-            chosen = key == value
-            name = divmod(value, 16)
-            expected = np.unique(request.expected[chosen])
-            barrier = self._barriers.setdefault(name, NamedBarrier(int(expected[0])))
-            if len(expected) > 1 or barrier.expected != expected[0]:
-                raise fault(step.instruction, f"barrier {name[1]} with different thread counts")
-            barrier.arrived += int(chosen.sum())
-            if request.predicate is not None:
-                barrier.true += int(request.predicate[chosen].sum())
-            part = np.zeros(bank.size, bool)
-            part[lanes[chosen]] = True
-            if hazards:
-                agents = np.unique(bank.agent[lanes[chosen]])
-                known = hazards.clock[agents].max(0)
-                before = barrier.known
-                barrier.known = known if before is None else np.maximum(before, known)
-                hazards.tick(agents)
-            if request.waits:
-                barrier.waiting.append((self._part(pc + 1, bank, part), request.finish))
-            self._try_barrier(step.instruction, name)
-
-    def _try_barrier(self, instruction: Instruction, name: tuple[int, int]) -> None:
-        barrier = self._barriers[name]
-        expected = barrier.expected or int(self._live[name[0]])
-        if barrier.arrived > expected:
-            raise fault(
-                instruction,
-                f"{barrier.arrived} threads arrived at barrier {name[1]} of {expected}",
-            )
-        if barrier.arrived < expected:
-            return
-        del self._barriers[name]
-        hazards = self.shared.hazards
-        for group, finish in barrier.waiting:
-            if hazards:
-                agents = np.unique(group.bank.agent[group.active()])
-                hazards.acquire(agents, barrier.known)
-            if finish:
-                finish(group.bank, group.mask, barrier.true, expected)
-            self._groups.append(group)
-
-    def _deadlock(self) -> SimulationError:
-        stalled = [g for g in self._groups if g.stalled is not None]
-        if stalled and not self._parked and not self._barriers:
-            assert stalled[0].stalled is not None
-            return stalled[0].stalled
-        lines = []
-        for group in self._parked:
-            step = self.steps[group.pc]
-            what = step.describe(group.bank, group.mask) if step.describe else "waits"
-            at = f"ptx line {step.instruction.line}, source {step.instruction.location}"
-            lines.append(f"{group} {what}  [{at}]")
-        for (block, number), barrier in self._barriers.items():
-            lines.append(
-                f"barrier {number} of block {block} of the batch has {barrier.arrived} of "
-                f"{barrier.expected or int(self._live[block])} threads"
-            )
-        lines += [f"{group} stand at: {group.stalled}" for group in stalled]
-        return SimulationError("deadlock: " + "\n  ".join(lines))
-
-    def _check_end(self) -> None:
+    def in_flight(self) -> list[str]:
+        """What a kernel must not leave behind at its end."""
         left = []
-        if any(c.serial for c in self.copies.pending):
+        if self.copies.pending:
             left.append("cp.async")
         if self.events:
             left.append("a bulk copy or an arrival")
@@ -458,14 +215,7 @@ class Wave:
             left.append("a bulk store")
         if any(w.open or any(w.groups) for w in self.warpgroups.values()):
             left.append("wgmma")
-        if self._barriers:
-            numbers = sorted({n for _, n in self._barriers})
-            left.append(f"arrivals at barriers {numbers}")
-        if left:
-            raise SimulationError(f"the kernel ended with {', '.join(left)} in flight")
-        held = 32 * sum(self.registers_of.values())
-        if held > self.blocks * 65536:
-            raise SimulationError(f"setmaxnreg adds up to {held} registers")
+        return left
 
 
 def granule_of(steps: list[Step]) -> int:
