@@ -1,4 +1,4 @@
-"""mma.sync, ldmatrix and stmatrix: fragments laid out by the manual's formulas, element by element."""
+"""mma.sync, ldmatrix, stmatrix: fragments laid out by the manual's formulas, one by one."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def test_mma(name: str):
         mov.u32 %r1, %tid.x; ld.param.u64 %d1, [given];
         mul.lo.u32 %r2, %r1, {4 * count}; cvt.u64.u32 %d2, %r2; add.s64 %d2, %d1, %d2;
         {" ".join(loads)}
-        mma.sync.aligned.{shape}.row.col.{types} {{%r60, %r61, %r62, %r63}}, {a_text}, {b_text}, {c_text};
+        mma.sync.aligned.{shape}.row.col.{types}
+            {{%r60, %r61, %r62, %r63}}, {a_text}, {b_text}, {c_text};
         ld.param.u64 %d3, [out]; mad.wide.u32 %d3, %r1, 16, %d3;
         st.global.v4.b32 [%d3], {{%r60, %r61, %r62, %r63}};
     """
