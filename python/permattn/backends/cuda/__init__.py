@@ -3,6 +3,7 @@
 from permattn.backends.cuda.attention import (
     backward,
     forward,
+    kernel_name,
     prepare,
     probe,
     why_not,
@@ -15,6 +16,7 @@ __all__ = [
     "backward",
     "describe",
     "forward",
+    "kernel_name",
     "prepare",
     "probe",
     "why_not",

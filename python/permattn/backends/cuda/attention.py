@@ -7,6 +7,7 @@ from torch import Tensor
 
 from permattn.backends.cuda import device
 from permattn.backends.cuda.launch import (
+    SM80,
     SM90,
     Config,
     Launch,
@@ -40,6 +41,7 @@ from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out, why_not_
 from permattn.core.prologue import Prologue, RowTransform
 from permattn.core.quant import say_once
 
+FAMILIES = {SM80: "mma.sync", SM90: "wgmma"}
 NO_BACKWARD = "has no backward: the triton backend has one"
 NO_PROBE = "has no probe kernel: the triton backend has one"
 
@@ -70,6 +72,20 @@ def why_not(problem: Problem) -> str | None:
         facts += f", qk = {quant.qk!r}, pv = {quant.pv!r}"
         facts += f", kv_rows_per_scale = {quant.kv_rows_per_scale}"
     return f"{why}; got {facts}"
+
+
+def kernel_name(problem: Problem) -> str:
+    """The kernel that a problem gets here, for people."""
+    dims = int(problem.head_dim), int(problem.head_dim_v)
+    capability = device.capability()
+    shape = shape_of(problem.blocks, problem.dtype, problem.quant, *dims)
+    c = config_of(capability, shape)
+    dtype = str(problem.dtype).removeprefix("torch.")
+    formats = [dtype if fmt == "none" else fmt for fmt in (c.qk, c.pv)]
+    return (
+        f"CUDA C++, sm_{capability}, {FAMILIES[c.family]}, Q K^T in {formats[0]}, P V in "
+        f"{formats[1]}, tile {c.block_m} x {c.block_n}, head dim {c.dim}, {c.warps} warps"
+    )
 
 
 def why_not_probe(problem: ProbeProblem) -> str | None:
