@@ -31,8 +31,8 @@ const char* why_not(const Shape& shape) {
     return "computes in bfloat16 or float16";
   }
   if (shape.head_dim < 8 || shape.head_dim_v < 8 || shape.head_dim % 8 != 0 ||
-      shape.head_dim_v % 8 != 0 || wider(shape) > 128) {
-    return "takes head dims that are multiples of 8 up to 128";
+      shape.head_dim_v % 8 != 0 || wider(shape) > 256) {
+    return "takes head dims that are multiples of 8 up to 256";
   }
   if (shape.qk == Format::kNone && shape.pv != Format::kNone) {
     return "quantises P and V only together with Q and K";
@@ -53,6 +53,9 @@ const char* why_not(const Shape& shape) {
     return "takes INT8 rows of whole 16 bytes: head dims that are multiples of 16";
   }
   if (!sm80::has_kernel(qk, pv)) return "has no kernel for these formats";
+  if (sm80::tile_shape(qk, pv, padded_dim(wider(shape)), 64).block_m == 0) {
+    return "with quantised P and V, takes head dims up to 128";
+  }
   return nullptr;
 }
 
