@@ -62,24 +62,25 @@ def why_not(problem: Problem) -> str | None:
             rows = getattr(quant, name)
             if rows > MAX_ROWS_PER_SCALE:
                 return f"takes {name} up to {MAX_ROWS_PER_SCALE}, got {rows}"
-    # Plain numbers: what torch.compile thinks may change does not decide here.
-    dims = int(problem.head_dim), int(problem.head_dim_v)
-    why = device.why_no_kernel(*shape_of(problem.blocks, problem.dtype, quant, *dims))
+    why = device.why_no_kernel(*_shape_of(problem))
     if why is None:
         return None
-    facts = f"D = {dims[0]}, Dv = {dims[1]}"
+    facts = f"D = {problem.head_dim}, Dv = {problem.head_dim_v}"
     if quant.is_quantised:
         facts += f", qk = {quant.qk!r}, pv = {quant.pv!r}"
         facts += f", kv_rows_per_scale = {quant.kv_rows_per_scale}"
     return f"{why}; got {facts}"
 
 
+def _shape_of(problem: Problem) -> tuple[int, ...]:
+    dims = problem.head_dim, problem.head_dim_v
+    return shape_of(problem.blocks, problem.dtype, problem.quant, *dims)
+
+
 def kernel_name(problem: Problem) -> str:
     """The kernel that a problem gets here, for people."""
-    dims = int(problem.head_dim), int(problem.head_dim_v)
     capability = device.capability()
-    shape = shape_of(problem.blocks, problem.dtype, problem.quant, *dims)
-    c = config_of(capability, shape)
+    c = config_of(capability, _shape_of(problem))
     dtype = str(problem.dtype).removeprefix("torch.")
     formats = [dtype if fmt == "none" else fmt for fmt in (c.qk, c.pv)]
     return (

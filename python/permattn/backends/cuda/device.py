@@ -134,13 +134,11 @@ def describe() -> dict[str, Any]:
         "version": f"{held.version // 1000}.{held.version % 1000 // 10}" if held.version else None,
         "archs": [dotted(a) for a in held.archs],
         "ptx": dotted(held.ptx) if held.ptx else None,
-        "why_not": load_kernels() or _machine_problem(),
+        "why_not": load_kernels() or (None if SHIM is not None else _machine_problem()),
     }
 
 
 def _machine_problem() -> str | None:
-    if SHIM is not None:
-        return None
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) was built without CUDA"
     return driver_problem()

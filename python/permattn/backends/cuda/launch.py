@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -82,12 +83,16 @@ def shape_of(
     head_dim: int,
     head_dim_v: int,
 ) -> tuple[int, ...]:
-    """csrc/cuda/config.h: Shape, without its capability."""
+    """csrc/cuda/config.h: Shape, without its capability.
+
+    Plain numbers, also where torch.compile would have them change from call to call: `int` keeps
+    those symbolic.
+    """
+    units, blocks_kv = [index(q) for q, _ in blocks], [index(kv) for _, kv in blocks]
     return (
         *(_DTYPES.index(dtype), FORMATS.index(quant.qk), FORMATS.index(quant.pv)),
-        *(head_dim, head_dim_v),
-        *(math.gcd(*(q for q, _ in blocks)), math.gcd(*(kv for _, kv in blocks))),
-        *(quant.q_rows_per_scale, quant.kv_rows_per_scale),
+        *(index(head_dim), index(head_dim_v), math.gcd(*units), math.gcd(*blocks_kv)),
+        *(index(quant.q_rows_per_scale), index(quant.kv_rows_per_scale)),
     )
 
 
@@ -174,15 +179,15 @@ class Launch:
         absent = self.q.new_empty(0)
         tensors: list[Tensor] = []
         for part, x in zip(self.run.parts, self.operands, strict=True):
-            index = part.index
+            lists = part.index
             tensors += [
                 *(x.k, x.v),
                 absent if x.k_scale is None else x.k_scale,
                 absent if x.v_scale is None else x.v_scale,
                 absent if part.kv_perm.is_identity else last_stride_one(part.kv_perm.token_of_slot),
-                last_stride_one(index.kv_indices),
-                last_stride_one(index.row_offsets),
-                last_stride_one(index.kv_num_full),
+                last_stride_one(lists.kv_indices),
+                last_stride_one(lists.row_offsets),
+                last_stride_one(lists.kv_num_full),
             ]
         return tensors
 
