@@ -177,6 +177,11 @@ def test_a_in_registers_and_sums_that_go_on(kind: str):
     np.testing.assert_allclose(found, wanted, 1e-5, 0 if is_whole else 1e-3)
 
 
+def zeros() -> list:
+    """Arguments of a product of nothing."""
+    return [np.zeros(2 * HALF, "u1"), np.zeros(512, "u4"), 1 << 62, 1 << 62, np.zeros(1024, "f4")]
+
+
 SOURCE = product("m64n16k16.f32.bf16.bf16", ", 1, 1, 0, 0", 16)
 WAIT, COMMIT = "wgmma.wait_group.sync.aligned 0;", "wgmma.commit_group.sync.aligned;"
 FENCE = "wgmma.fence.sync.aligned;"
@@ -194,7 +199,7 @@ PLANTED = {
         COMMIT + "st.shared.b32 [%r2], 0;",
         "wgmma or a bulk store in flight reads",
     ),
-    "written-after-fence": (FENCE, FENCE + "mov.b32 %r103, 0;", None),
+    "written-after-fence": (FENCE, FENCE + "add.u32 %r103, %r1, 0;", None),
     "half-a-warpgroup": (
         FENCE,
         "setp.ge.u32 %p7, %r1, 64; @%p7 ret;" + FENCE,

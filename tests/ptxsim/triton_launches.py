@@ -14,12 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "triton/aot"))
+TRITON_TESTS = Path(__file__).resolve().parents[1] / "triton"
+sys.path.insert(0, str(TRITON_TESTS))
+sys.path.insert(0, str(TRITON_TESTS / "aot"))
 
 import ptxsim
 import torch
 import triton
 from compile_launches import StandInDriver
+from permattn.backends.triton import device
 from permattn.triton_kernels import launch as launcher
 from triton.runtime.jit import JITFunction
 
@@ -93,9 +96,12 @@ def simulated(arch: int, **settings: Any) -> Iterator[Simulator]:
         simulator.run(kernel, self, grid, {n: given[n] for n in self.arg_names})
         return kernel
 
+    # The backend takes tensors on the CPU where kernels run on them.
+    interpreted, device.INTERPRETED = device.INTERPRETED, True
     launcher.capability_of = lambda device: arch
     JITFunction.run = run
     try:
         yield simulator
     finally:
         launcher.capability_of, JITFunction.run = capability, original
+        device.INTERPRETED = interpreted

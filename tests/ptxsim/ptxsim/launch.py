@@ -31,11 +31,13 @@ class Report:
     Args:
         steps: group steps that ran.
         statistics: counts by name, such as "ldmatrix bank conflicts".
+        lines: of the PTX, that ran.
     """
 
     steps: int
     blocks: int
     statistics: dict[str, int] = field(default_factory=dict)
+    lines: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -133,7 +135,9 @@ def _run(made, grid, block, shared_bytes, parameters, memory, options: Options) 
     with np.errstate(all="ignore"):
         for first in range(0, len(blocks), at_once):
             scheduler.run(blocks[first : first + at_once], grid)
-    return Report(scheduler.steps_run, len(blocks), dict(scheduler.wave.statistics))
+    ran = (s.instruction.line for s, was in zip(made.steps, scheduler.ran, strict=True) if was)
+    statistics = dict(scheduler.wave.statistics)
+    return Report(scheduler.steps_run, len(blocks), statistics, frozenset(ran))
 
 
 def _blocks_at_once(made: Compiled, threads: int) -> int:

@@ -41,11 +41,12 @@ class Group:
 
 
 class Scheduler:
-    """Runs the blocks of a wave; `steps_run` counts what groups did."""
+    """Runs the blocks of a wave; `steps_run` counts what groups did, `ran` marks the steps."""
 
     def __init__(self, wave: Wave) -> None:
         self.wave = wave
         self.steps_run = 0
+        self.ran = bytearray(len(wave.steps))
 
     def run(self, blocks: Sequence[tuple[int, int, int]], grid: tuple[int, int, int]) -> None:
         """Runs some blocks to their end."""
@@ -112,7 +113,7 @@ class Scheduler:
     def _advance(self, group: Group, limit: int) -> None:
         """Runs a group until it ends, waits, splits or meets `limit`."""
         bank, mask, pc, steps = group.bank, group.mask, group.pc, self.wave.steps
-        predicates = bank.rows["pred"]
+        predicates, ran = bank.rows["pred"], self.ran
         alone = not self._groups
         while True:
             if pc >= len(steps):
@@ -133,6 +134,7 @@ class Scheduler:
                     continue
                 active = None if count == bank.size else active
             self.steps_run += 1
+            ran[pc] = 1
             if step.watched and self.wave.warpgroups and step.instruction.parts[0] != "wgmma":
                 note_registers(step, bank, active)
             if step.kind == Kind.PLAIN:
