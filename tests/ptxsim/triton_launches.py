@@ -7,6 +7,7 @@ on a GPU, and then simulated at once, so that a whole forward or backward runs o
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,17 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TRITON_TESTS = Path(__file__).resolve().parents[1] / "triton"
-sys.path.insert(0, str(TRITON_TESTS))
-sys.path.insert(0, str(TRITON_TESTS / "aot"))
-
 import ptxsim
 import torch
 import triton
-from compile_launches import StandInDriver
 from permattn.backends.triton import device
 from permattn.triton_kernels import launch as launcher
 from triton.runtime.jit import JITFunction
+
+# Shared cases, and the stand-in driver.
+TRITON_TESTS = Path(__file__).resolve().parents[1] / "triton"
+sys.path.insert(0, str(TRITON_TESTS))
+sys.path.insert(0, str(TRITON_TESTS / "aot"))
+# Errors name lines of the kernels.
+os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "0")
 
 
 @dataclass
@@ -86,6 +89,8 @@ def _leaves(kind: Any, value: Any) -> Iterator[Any]:
 @contextlib.contextmanager
 def simulated(arch: int, **settings: Any) -> Iterator[Simulator]:
     """Inside, launches of Triton kernels run on the simulator."""
+    from compile_launches import StandInDriver
+
     simulator = Simulator(arch, **settings)
     triton.runtime.driver.set_active(StandInDriver(arch))
     capability, original = launcher.capability_of, JITFunction.run
