@@ -17,8 +17,8 @@ inline std::vector<Recorded> recorded;
 // Of the device that launches are made for.
 inline int32_t recorded_processors = 132;
 
-inline void record_launch(const char* kernel, int32_t blocks, int32_t threads,
-                          int64_t shared_bytes, const void* parameters, size_t parameter_bytes) {
+inline void record_launch(const char* kernel, int32_t blocks, int32_t threads, int64_t shared_bytes,
+                          const void* parameters, size_t parameter_bytes) {
   recorded.push_back({kernel, blocks, threads, shared_bytes,
                       std::string(static_cast<const char*>(parameters), parameter_bytes)});
 }

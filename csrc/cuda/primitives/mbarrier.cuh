@@ -23,10 +23,10 @@ PERMATTN_DEVICE void mbarrier_arrive(uint64_t* barrier) {
 
 // The phase also waits for bytes of bulk copies. The caller arrives afterwards.
 PERMATTN_DEVICE void mbarrier_expect(uint64_t* barrier, int32_t bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 // Whether the phase is over; may wait for it for a while.

@@ -1,5 +1,7 @@
 // Warpgroups that do different things: barriers of their own, and registers moved between them.
 #pragma once
+#include <cstdint>
+
 #include "platform.cuh"
 
 namespace permattn::ptx {
@@ -21,6 +23,13 @@ PERMATTN_DEVICE void shrink_registers() {
 template <int kRegisters>
 PERMATTN_DEVICE void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// x, unknown to the compiler: what follows from it is worked out where it is used, and takes no
+// registers across the loops around it.
+PERMATTN_DEVICE int32_t here(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 }  // namespace permattn::ptx
