@@ -179,19 +179,6 @@ void cuda_strongest(const Tensor& scores, std::optional<Tensor> stop, std::optio
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(permattn_native, m) {
-  m.def(
-      "cuda_compact(Tensor mask, bool all_full, Tensor(a!) indices, Tensor(b!) row_offsets, "
-      "Tensor(c!) num_full) -> ()");
-  m.def(
-      "cuda_transpose(Tensor kv_indices, Tensor row_offsets, Tensor kv_num_full, "
-      "Tensor(a!) q_indices, Tensor(b!) key_offsets, Tensor(c!) q_num_full) -> ()");
-  m.def("cuda_order(Tensor[] row_offsets, int[] ints, Tensor(a!) order) -> ()");
-  m.def("cuda_pool(Tensor x, Tensor? token_of_slot, int block, Tensor(a!) means) -> ()");
-  m.def("cuda_scores(Tensor q, Tensor k, float scale, Tensor(a!) scores) -> ()");
-  m.def("cuda_strongest(Tensor scores, Tensor? stop, Tensor? budget, Tensor(a!) chosen) -> ()");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(permattn_native, PERMATTN_CUDA_KEY, m) {
   m.impl("cuda_compact", TORCH_BOX(&cuda_compact));
   m.impl("cuda_transpose", TORCH_BOX(&cuda_transpose));

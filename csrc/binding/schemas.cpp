@@ -56,6 +56,16 @@ STABLE_TORCH_LIBRARY(permattn_native, m) {
       "cuda_column_statistics(Tensor x, Tensor[] prologue_tensors, int[] prologue_ints, "
       "float[] prologue_floats, Tensor? seen, Tensor(a!) sum, Tensor(b!) lowest, "
       "Tensor(c!) highest) -> ()");
+  m.def(
+      "cuda_compact(Tensor mask, bool all_full, Tensor(a!) indices, Tensor(b!) row_offsets, "
+      "Tensor(c!) num_full) -> ()");
+  m.def(
+      "cuda_transpose(Tensor kv_indices, Tensor row_offsets, Tensor kv_num_full, "
+      "Tensor(a!) q_indices, Tensor(b!) key_offsets, Tensor(c!) q_num_full) -> ()");
+  m.def("cuda_order(Tensor[] row_offsets, int[] ints, Tensor(a!) order) -> ()");
+  m.def("cuda_pool(Tensor x, Tensor? token_of_slot, int block, Tensor(a!) means) -> ()");
+  m.def("cuda_scores(Tensor q, Tensor k, float scale, Tensor(a!) scores) -> ()");
+  m.def("cuda_strongest(Tensor scores, Tensor? stop, Tensor? budget, Tensor(a!) chosen) -> ()");
   m.def("cuda_why_not(int[] shape) -> str");
   m.def("cuda_config(int[] shape) -> int[]");
   m.def("cuda_archs() -> int[]");
