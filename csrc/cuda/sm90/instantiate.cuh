@@ -1,5 +1,9 @@
-// What a file of instantiations/ holds: one kernel and its launch.
+// What a file of instantiations/ holds: one kernel and its launch. Only nvcc compiles them: the
+// tests run what it makes of them.
 #pragma once
+
+#if defined(__CUDACC__)
+
 #include "kernel.cuh"
 #include "kernels.h"
 
@@ -16,3 +20,9 @@ const char* launch_kernel(const LaunchArgs& args, int32_t blocks, void* stream) 
   template const char* permattn::sm90::launch_kernel<permattn::sm90::Traits<              \
       permattn::Dtype::dtype, permattn::Format::qk, permattn::Format::pv, dim, block_n>>( \
       const permattn::sm90::LaunchArgs&, int32_t, void*);
+
+#else
+
+#define PERMATTN_SM90_INSTANTIATE(dtype, qk, pv, dim, block_n)
+
+#endif
