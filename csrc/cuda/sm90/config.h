@@ -24,7 +24,7 @@ constexpr cuda::Config config_of(const cuda::Shape& shape, Format qk, Format pv)
   if (tile.block_n == 0) return config;
   config.block_m = is_shared ? kHalves * kHalfRows : kHalfRows;
   config.block_n = tile.block_n;
-  config.warps = 8;
+  config.warps = config.block_m / 16;
   config.stages = tile.stages;
   return config;
 }

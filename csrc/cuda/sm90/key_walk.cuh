@@ -62,7 +62,7 @@ class KeyWalk {
     const PartArgs& part = args_.parts[list_ / 2];
     const bool is_partial = list_ % 2 != 0 && part.has_band;
     const bool exists = static_cast<uint32_t>(token_) < static_cast<uint32_t>(args_.num_kv_tokens);
-    bool hidden = slot_ >= 0 && slot_ < part.num_slots;
+    bool hidden = exists;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       bool seen = exists && (wanted_ >> half & 1) != 0;

@@ -1,7 +1,5 @@
 #include "launch.h"
 
-#include <cstdlib>
-
 #include "kernels.h"
 
 #if !defined(__CUDACC__)
@@ -144,17 +142,42 @@ WorkItems work_items(const AttentionArgs& args, const cuda::Config& config) {
   return {args.num_tiles, 1};
 }
 
-const char* launch_attend(const AttentionArgs& args, const cuda::Config& config, void* stream) {
-  const Dtype dtype = config.pv == Format::kNone ? args.out_dtype : Dtype::kFloat32;
-#define PERMATTN_SM90_TRY(dtype_, qk_, pv_, dim_, block_n_)                             \
-  if (dtype == Dtype::dtype_ && config.qk == Format::qk_ && config.pv == Format::pv_ && \
-      config.dim == dim_ && config.block_n == block_n_) {                               \
-    return launch<Traits<Dtype::dtype_, Format::qk_, Format::pv_, dim_, block_n_>>(     \
-        args, config, #dtype_ "_" #qk_ "_" #pv_ "_" #dim_ "_" #block_n_, stream);       \
+namespace {
+
+// visitor(Kernel<T>{}, name) of the kernel of a config.
+template <class T>
+struct Kernel {};
+
+template <class Visitor>
+const char* visit_kernel(const cuda::Config& config, Dtype dtype, const Visitor& visitor) {
+  // Where P V is quantised, one kernel writes every dtype.
+  if (config.pv != Format::kNone) dtype = Dtype::kFloat32;
+#define PERMATTN_SM90_TRY(dtype_, qk_, pv_, dim_, block_n_)                                   \
+  if (dtype == Dtype::dtype_ && config.qk == Format::qk_ && config.pv == Format::pv_ &&       \
+      config.dim == dim_ && config.block_n == block_n_) {                                     \
+    return visitor(Kernel<Traits<Dtype::dtype_, Format::qk_, Format::pv_, dim_, block_n_>>{}, \
+                   #dtype_ "_" #qk_ "_" #pv_ "_" #dim_ "_" #block_n_);                        \
   }
   PERMATTN_SM90_KERNELS(PERMATTN_SM90_TRY)
 #undef PERMATTN_SM90_TRY
   return "no kernel for these formats and head dims";
+}
+
+}  // namespace
+
+const char* launch_attend(const AttentionArgs& args, const cuda::Config& config, void* stream) {
+  return visit_kernel(config, args.out_dtype, [&]<class T>(Kernel<T>, const char* name) {
+    return launch<T>(args, config, name, stream);
+  });
+}
+
+int64_t shared_bytes(const cuda::Config& config, Dtype dtype) {
+  int64_t bytes = 0;
+  visit_kernel(config, dtype, [&]<class T>(Kernel<T>, const char*) -> const char* {
+    bytes = T::kSharedBytes;
+    return nullptr;
+  });
+  return bytes;
 }
 
 }  // namespace permattn::sm90

@@ -11,4 +11,7 @@ struct WorkItems {
 };
 WorkItems work_items(const cuda::AttentionArgs& args, const cuda::Config& config);
 
+// Shared memory of the kernel of a config, in bytes; 0: there is none.
+int64_t shared_bytes(const cuda::Config& config, Dtype dtype);
+
 }  // namespace permattn::sm90

@@ -39,7 +39,7 @@ struct KeyTile {
   int32_t slot[kBlockN];                 // -1: no entry
   float scale[kBlockN];                  // of K, by group of slots
   uint32_t seen[kHalves][kBlockN / 32];  // bit by lane
-  uint32_t hidden[kBlockN / 32];         // lanes that exist and no half sees
+  uint32_t hidden[kBlockN / 32];         // lanes of tokens that no half sees
   int32_t part;
   int32_t group;    // of the first slot; -1: there is none
   bool is_partial;  // the part's band counts
