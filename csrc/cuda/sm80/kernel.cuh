@@ -130,7 +130,8 @@ PERMATTN_DEVICE void attend(const AttentionArgs& args, char* shared) {
 template <class T>
 PERMATTN_HD constexpr bool has_products() {
 #if defined(__CUDA_ARCH__)
-  if (T::kPv == Format::kFp8) return __CUDA_ARCH__ >= 890;
+  // Between them FP8 is emulated without whole warpgroups.
+  if (T::kPv == Format::kFp8) return __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200;
   if (T::kQk == Format::kInt4 || T::kPv == Format::kInt4) return __CUDA_ARCH__ < 900;
 #endif
   return true;
