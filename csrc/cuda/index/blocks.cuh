@@ -23,21 +23,14 @@ constexpr int32_t kPoolShared = kThreads * (kChunk + 1) * 4;
 // The rows of one block of slots, a block of threads each.
 template <Dtype kDtype>
 PERMATTN_DEVICE void pool(const PoolArgs& args, char* shared) {
-  using Reader = permute::RowReader<kDtype>;
+  using Reader = permute::RowLoader<kDtype>;
   const PrepareParams& p = args.source;
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const auto blocks = static_cast<uint32_t>(args.blocks), heads = static_cast<uint32_t>(p.heads);
   const uint32_t block = blockIdx.x % blocks, h = blockIdx.x / blocks % heads;
   const uint32_t b = blockIdx.x / blocks / heads;
-  const Reader reader{p,
-                      static_cast<int32_t>(b),
-                      static_cast<int32_t>(h),
-                      args.lanes,
-                      thread % args.lanes,
-                      args.whole_x,
-                      false,
-                      false,
-                      nullptr};
+  const Reader reader{p,          static_cast<int32_t>(b), static_cast<int32_t>(h),
+                      args.lanes, thread % args.lanes,     args.whole_x};
   const int32_t* token_of_slot =
       args.token_of_slot.data == nullptr ? nullptr : args.token_of_slot.row(b, h);
   const int32_t units = kThreads / args.lanes;

@@ -17,6 +17,10 @@ bool has_whole_angles(const Transform& t) {
          is_aligned(t.sin, 16);
 }
 
+WholeLoads whole_loads(const PrepareParams& p) {
+  return {has_whole_chunks(p), has_whole_columns(p), has_whole_angles(p.transform)};
+}
+
 // A chunk is written by one store.
 bool has_whole_rows(const PrepareParams& p) {
   if (p.layout == Layout::kFragments) return true;
@@ -63,6 +67,7 @@ const char* why_not(const PrepareParams& p) {
     default:
       return "prepare: a layout of the CPU";
   }
+  if (p.per_column && p.scale_stride != p.dim) return "prepare: wants a scale a column";
   if (p.format != Format::kNone && (p.rows_per_scale < 1 || p.rows_per_scale > kMaxRowsPerScale)) {
     return "prepare: wants 1 to 128 rows a scale";
   }
@@ -79,9 +84,7 @@ const char* launch_prepare(const PrepareParams& params, int, void* stream) {
   args.tiling = tiling_of(params);
   args.shared = shared_of(params, args.tiling);
   args.high = params.format == Format::kNone ? 0.0F : high_of(params.format);
-  args.whole_x = has_whole_chunks(params);
-  args.whole_columns = has_whole_columns(params);
-  args.whole_angles = has_whole_angles(params.transform);
+  args.whole = whole_loads(params);
   args.whole_rows = has_whole_rows(params);
   switch (params.dtype) {
     case Dtype::kFloat32:
@@ -124,9 +127,7 @@ const char* launch_column_statistics(const ColumnParams& params, float* scratch,
   args.c = params;
   args.lanes = lanes_of(p);
   args.runs = (p.tokens + kTokensPerRun - 1) / kTokensPerRun;
-  args.whole_x = has_whole_chunks(p);
-  args.whole_columns = has_whole_columns(p);
-  args.whole_angles = has_whole_angles(p.transform);
+  args.whole = whole_loads(p);
   args.found = scratch;
   const char* why = nullptr;
   if (args.runs != 0) {

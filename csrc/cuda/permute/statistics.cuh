@@ -8,7 +8,7 @@ namespace permattn::permute {
 // Mean (layer norm) and inverse deviation of a token over all of its heads.
 template <Dtype kDtype>
 PERMATTN_DEVICE void token_statistics(const cuda::TokenStatisticsArgs& args) {
-  using Reader = RowReader<kDtype>;
+  using Reader = RowLoader<kDtype>;
   const PrepareParams& p = args.p;
   const uint32_t warp = blockIdx.x * (cuda::kStatisticsThreads / 32) + threadIdx.x / 32;
   if (warp >= p.batch * p.tokens) return;
@@ -20,8 +20,7 @@ PERMATTN_DEVICE void token_statistics(const cuda::TokenStatisticsArgs& args) {
   const auto sum_of = [&](auto term) {
     float all = 0.0F;
     for (int32_t at = warp_lane; at < chunks; at += 32) {
-      const Reader reader{p,     b,     at / args.lanes, args.lanes, at % args.lanes, args.whole_x,
-                          false, false, nullptr};
+      const Reader reader{p, b, at / args.lanes, args.lanes, at % args.lanes, args.whole_x};
       typename Reader::Chunk chunk;
       float x[kChunk];
       reader.load(token, chunk);
@@ -49,21 +48,16 @@ constexpr int32_t kColumnShared = cuda::kStatisticsThreads * kChunk * 4 * 3;
 // Sum, lowest and highest of the transformed columns of a run of tokens.
 template <Dtype kDtype>
 PERMATTN_DEVICE void column_statistics(const cuda::ColumnStatisticsArgs& args, char* shared) {
-  using Reader = RowReader<kDtype>;
+  using Reader = RowLoader<kDtype>;
   const PrepareParams& p = args.c.source;
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const auto heads = static_cast<uint32_t>(p.heads), runs = static_cast<uint32_t>(args.runs);
   const uint32_t h = blockIdx.x % heads, run = blockIdx.x / heads % runs;
   const uint32_t b = blockIdx.x / heads / runs;
-  const Reader reader{p,
-                      static_cast<int32_t>(b),
-                      static_cast<int32_t>(h),
-                      args.lanes,
-                      thread % args.lanes,
-                      args.whole_x,
-                      args.whole_columns,
-                      args.whole_angles,
-                      reinterpret_cast<float*>(shared) + thread / 32 * (32 * kChunk)};
+  const Reader reader{p,          static_cast<int32_t>(b), static_cast<int32_t>(h),
+                      args.lanes, thread % args.lanes,     args.whole.x};
+  const RowTransform<false> transform(
+      reader, args.whole, true, reinterpret_cast<float*>(shared) + thread / 32 * (32 * kChunk));
   const uint8_t* seen = args.c.seen == nullptr
                             ? nullptr
                             : args.c.seen + b * args.c.seen_stride_b + h * args.c.seen_stride_h;
@@ -76,7 +70,7 @@ PERMATTN_DEVICE void column_statistics(const cuda::ColumnStatisticsArgs& args, c
     highest[i] = -kInfinity;
   }
   // Some rows are asked for before the first is waited for.
-  constexpr int kAhead = 4;
+  constexpr int kAhead = kDtype == Dtype::kFloat32 ? 2 : 4;
   const int32_t units = cuda::kStatisticsThreads / args.lanes;
   for (int64_t at = thread / args.lanes; at < cuda::kTokensPerRun; at += kAhead * units) {
     typename Reader::Chunk chunk[kAhead];
@@ -92,7 +86,7 @@ PERMATTN_DEVICE void column_statistics(const cuda::ColumnStatisticsArgs& args, c
     for (int s = 0; s < kAhead; ++s) {
       float x[kChunk];
       Type<kDtype>::unpack(chunk[s], x);
-      reader.transform(token[s], x);
+      transform.apply(token[s], x);
       if (token[s] < 0) continue;
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
