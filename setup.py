@@ -65,7 +65,11 @@ class Nvcc:
 
     @property
     def home(self) -> Path:
-        return Path(self.path).resolve().parents[1]
+        """The toolkit's folder. What is on PATH may be a script that calls another nvcc."""
+        command = [self.path, "--dryrun", "-c", "-x", "cu", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+        return Path(top[1] if top else Path(self.path).resolve().parents[1]).resolve()
 
     @property
     def ptx(self) -> str | None:

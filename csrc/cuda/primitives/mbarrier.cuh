@@ -29,12 +29,12 @@ PERMATTN_DEVICE void mbarrier_expect(uint64_t* barrier, int32_t bytes) {
       : "memory");
 }
 
-// Whether the phase is over; may wait for it for a while.
-PERMATTN_DEVICE bool mbarrier_try(uint64_t* barrier, uint32_t parity) {
+// Whether the phase is over, without waiting for it.
+PERMATTN_DEVICE bool mbarrier_test(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
       "{\n.reg .pred p;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "selp.b32 %0, 1, 0, p;\n}"
       : "=r"(done)
       : "r"(shared_address(barrier)), "r"(parity)
@@ -43,7 +43,16 @@ PERMATTN_DEVICE bool mbarrier_try(uint64_t* barrier, uint32_t parity) {
 }
 
 PERMATTN_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-  while (!mbarrier_try(barrier, parity)) {
+  uint32_t done = 0;
+  // Each try sleeps for a while.
+  while (done == 0) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
   }
 }
 

@@ -79,7 +79,7 @@ class Feed {
   PERMATTN_DEVICE static void sync() { ptx::named_barrier<kFeedBarrier, kFeedThreads>(); }
 
   PERMATTN_DEVICE void wait_empty(int32_t barrier, uint32_t parity) {
-    if (ptx::mbarrier_try(books_.barriers + barrier, parity)) return;
+    if (ptx::mbarrier_test(books_.barriers + barrier, parity)) return;
     // The others may be waiting for what has not been announced.
     late_.flush(books_.barriers);
     ptx::mbarrier_wait(books_.barriers + barrier, parity);

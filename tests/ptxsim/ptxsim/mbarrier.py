@@ -192,7 +192,10 @@ def _arrive(instruction: Instruction, registers: Registers) -> Run:
 
 @opcode("mbarrier.try_wait", "mbarrier.test_wait")
 def _wait(instruction: Instruction, registers: Registers) -> Control:
-    """Threads whose phase is not over are stopped here until it is: a wait never says no."""
+    """Threads whose phase is not over are stopped here until it is: try_wait never says no.
+
+    test_wait says at once how things are.
+    """
     parts, operands = instruction.parts, instruction.operands
     if "parity" not in parts:
         raise unknown(instruction, "waits by a state token")
@@ -216,7 +219,7 @@ def _wait(instruction: Instruction, registers: Registers) -> Control:
                 if wave.shared.hazards:
                     wave.shared.hazards.acquire(np.unique(agents[chosen]), barrier.released)
         bank.rows["pred"][into][lanes] = over
-        if over.all():
+        if over.all() or "test_wait" in parts:
             return None
         waiting = np.zeros(bank.size, bool)
         waiting[lanes] = ~over
