@@ -202,6 +202,21 @@ def test_rows_of_bytes_both_ways():
         ptxsim.launch(missing, "k", 1, 128, 0, [source, out])
 
 
+def test_test_wait_says_how_things_are():
+    """Before the only arrival it says no and goes on; behind it, yes."""
+    body = """
+        mov.u32 %r2, buffer; mbarrier.init.shared::cta.b64 [%r2], 1; mov.u32 %r3, 0;
+        mbarrier.test_wait.parity.shared::cta.b64 %p1, [%r2], %r3;
+        mbarrier.arrive.shared::cta.b64 %d1, [%r2];
+        mbarrier.test_wait.parity.shared::cta.b64 %p2, [%r2], %r3;
+        selp.u32 %r4, 1, 0, %p1; selp.u32 %r5, 2, 0, %p2; add.u32 %r4, %r4, %r5;
+        ld.param.u64 %d2, [out]; st.global.b32 [%d2], %r4;
+    """
+    out = np.zeros(1, np.uint32)
+    ptxsim.launch(kernel(body, [".u64 out"], 256), "k", 1, 1, 0, [out])
+    assert out[0] == 2
+
+
 def test_phases_of_an_mbarrier():
     """Two warps pass a value back and forth four times over two mbarriers."""
     body = """
@@ -213,7 +228,7 @@ def test_phases_of_an_mbarrier():
         FIRST: add.u32 %r7, %r5, %r1; st.shared.b32 [%r4+64], %r7;
         mbarrier.arrive.shared::cta.b64 %d1, [%r2];
         and.b32 %r8, %r5, 1;
-        W1: mbarrier.test_wait.parity.shared::cta.b64 %p3, [%r2+8], %r8; @!%p3 bra W1;
+        W1: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r2+8], %r8; @!%p3 bra W1;
         add.u32 %r5, %r5, 1; setp.lt.u32 %p4, %r5, 4; @%p4 bra FIRST;
         ret;
         SECOND: and.b32 %r8, %r5, 1;
