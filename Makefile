@@ -23,7 +23,7 @@ CXX_FILES = $(shell find csrc tests -type f \
 	\( -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu docs clean
+.PHONY: help demo test lint format bench gpu wheel docs clean
 
 help: ## Lists the targets.
 	@echo "make TARGET [ARGS='...'] [PYTHON=python3] [VENV=.venv]"
@@ -54,6 +54,9 @@ bench: $(VENV)/.installed ## Checks, then times permattn against torch; writes b
 
 gpu: ## Runs the CUDA suite from this tree as it lies (no install, no network; PYTHON must have torch).
 	$(PYTHON) bench/gpu.py $(ARGS)
+
+wheel: $(VENV)/.torch ## Builds the wheel into dist, with CUDA kernels for every device where nvcc is found (minutes).
+	$(PIP) wheel --no-build-isolation --no-deps -w dist .
 
 docs: $(VENV)/.installed ## Writes docs/performance.md and the README's numbers from bench/results.
 	$(BIN)/python -m bench.docs

@@ -36,7 +36,7 @@ def sparse_attention(
         v: [B, Hkv, Skv, Dv], same dtype and device.
         plan: made for Sq queries and Skv keys, on the same device.
         scale: multiplies q k^T; None = 1 / sqrt(D).
-        backend: "auto", "triton", "cpu" or "reference". A named backend never falls back.
+        backend: "auto", "cuda", "triton", "cpu" or "reference". A named backend never falls back.
         prologue: norm and rotary embedding that q and k still have to go through; a backend does it
             in the pass that permutes and quantises.
 

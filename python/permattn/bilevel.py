@@ -200,7 +200,7 @@ def bilevel_routing_attention(
         return_lse: also return the log-sum-exp of the scores.
         check_graph: on a GPU, look for key regions that are not there, which waits for the device;
             without, or under compilation, such a region is hidden. On a CPU the check is always on.
-        backend: "auto", "triton", "cpu" or "reference". A named backend never falls back.
+        backend: "auto", "cuda", "triton", "cpu" or "reference". A named backend never falls back.
 
     Returns: [B, (T,) H, W, heads, Dv] in q's dtype (the autocast dtype under autocast); with
     return_lse also lse [B, (T,) H, W, heads], natural log, float32 (float64 for float64).

@@ -43,7 +43,7 @@ def probe_mass(
             first_position.
         lse: float32 [B, Hq, R], normalises the rows. None: over the keys on the axis.
         skip: bool [B, Hq, n], keys whose mass does not count in `diagonal`.
-        backend: "auto", "triton", "cpu" or "reference". A named backend never falls back.
+        backend: "auto", "cuda", "triton", "cpu" or "reference". A named backend never falls back.
 
     Returns: a `ProbeMass`; its lse is `lse` where that was given.
 

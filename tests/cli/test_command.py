@@ -27,7 +27,7 @@ def test_a_real_process_prints_json():
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["versions"]["permattn"] and report["versions"]["torch"]
-    assert set(report["backends"]) == {"triton", "cpu", "reference"}
+    assert set(report["backends"]) == {"cuda", "triton", "cpu", "reference"}
     assert report["backends"]["reference"] is None
 
 

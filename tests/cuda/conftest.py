@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS / folder) for folder in ("cuda_shim", "triton", "cuda")]
+sys.path[:0] = [str(TESTS / folder) for folder in ("cuda_shim", "triton", "cuda", "ptxsim")]
 
 import build  # noqa: E402
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,12 +19,19 @@ BYTE_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 NIBBLE_ORDER = tuple(8 * j + 2 * t + e for t in range(4) for j in range(4) for e in range(2))
 
 
+def run_here(shim, args, config, tensors: list[Tensor]) -> None:
+    """Runs a launch whose structs point into `tensors`."""
+    shim.attend(args, config)
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of the kernel's host side.
 
     Args:
         order: an order of a head's tiles, for all heads; None = the kernel's own.
+        in_slots: k and v are brought into slot order before, where they are not quantised.
+        run: as `run_here`.
     """
 
     q: Tensor
@@ -34,6 +41,8 @@ class Call:
     scale: float
     capability: int = 80
     order: Tensor | None = None
+    in_slots: bool = False
+    run: Callable[..., None] = run_here
 
 
 def attend(shim, call: Call) -> tuple[Tensor, Tensor]:
@@ -179,7 +188,7 @@ def _launch(shim, call: Call, run, out: Tensor, lse: Tensor, state) -> None:
         args.order = made.pointer((first + call.order[None]).int().contiguous())
     for part in run:
         args.add_part(_part(shim, made, call, part, config))
-    shim.attend(args, config)
+    call.run(shim, args, config, made.kept)
 
 
 def _small(shim, value: Tensor, computed) -> Tensor:
@@ -190,14 +199,22 @@ def _part(shim, made: _Args, call: Call, part: AttnPart, config):
     quant, index, perm = call.plan.quant, part.index, part.kv_perm
     made_part = shim.PartArgs()
     made_part.k_heads = made_part.v_heads = call.k.shape[1]
-    if quant.qk == "none":
+    if quant.qk == "none" and call.in_slots:
+        rows = _rows(call.k, perm, call.q.shape[1]).to(call.k.dtype)
+        made_part.k, made_part.k_heads = made.tensor(rows), rows.shape[1]
+        made_part.k_in_slots = True
+    elif quant.qk == "none":
         made_part.k = made.tensor(call.k)
     else:
         rows = _rows(call.k, perm, call.q.shape[1])
         value, scale = quantise(rows, FORMATS[quant.qk], quant.kv_rows_per_scale)
         made_part.k, made_part.k_heads = made.tensor(_small(shim, value, config.qk)), rows.shape[1]
         made_part.k_scale = made.pointer(scale.contiguous())
-    if quant.pv == "none":
+    if quant.pv == "none" and call.in_slots:
+        rows = _rows(call.v, perm, call.q.shape[1]).to(call.v.dtype)
+        made_part.v, made_part.v_heads = made.tensor(rows), rows.shape[1]
+        made_part.v_in_slots = True
+    elif quant.pv == "none":
         made_part.v = made.tensor(call.v)
     else:
         rows = _rows(call.v, perm, call.q.shape[1])

@@ -11,7 +11,7 @@ from launches import Call, attend
 from permattn.core import AttnPart, AttnPlan, BlockIndex, Permutation, TokenBand
 from permattn.testing import assert_within, poison_unseen, random_plan, visible_pairs
 
-WIDEST = 128
+WIDEST = 256
 # The kernel computes in 16 bits: cases of float32 run in bfloat16.
 ATTENDED = [
     replace(c, dtype=BRAIN if c.dtype == SINGLE else c.dtype)

@@ -23,7 +23,7 @@ def shape(shim, **facts):
 def test_every_shape_has_a_kernel_that_fits_or_a_reason(shim, capability):
     accepted = 0
     for qk, pv, head_dim, unit in itertools.product(
-        FORMATS[:3], FORMATS, range(8, 136, 8), (1, 16, 64, 96, 128, 1024)
+        FORMATS[:3], FORMATS, (*range(8, 136, 8), 192, 256, 264), (1, 16, 64, 96, 128, 1024)
     ):
         asked = shape(
             shim, capability=capability, qk=qk, pv=pv, head_dim=head_dim, head_dim_v=64, unit=unit
@@ -48,10 +48,11 @@ def test_every_shape_has_a_kernel_that_fits_or_a_reason(shim, capability):
         ({"capability": 75}, "compute capability 8.0"),
         ({"dtype": "float32"}, "bfloat16 or float16"),
         ({"head_dim": 20}, "multiples of 8"),
-        ({"head_dim_v": 136}, "multiples of 8 up to 128"),
+        ({"head_dim_v": 264}, "multiples of 8 up to 256"),
+        ({"qk": "int8", "pv": "int8", "head_dim": 256}, "head dims up to 128"),
         ({"pv": "int8"}, "only together with Q and K"),
-        ({"qk": "int8", "pv": "fp8"}, "on compute capability 8.9 and 12.0"),
-        ({"qk": "int8", "pv": "fp8", "capability": 90}, "on compute capability 8.9 and 12.0"),
+        ({"qk": "int8", "pv": "fp8"}, "on compute capability 8.9, 9.0 and 12.0"),
+        ({"qk": "int8", "pv": "fp8", "capability": 100}, "on compute capability 8.9, 9.0 and 12"),
         ({"qk": "int8", "pv": "int8", "kv_rows": 16}, "kv_rows_per_scale of 64"),
         ({"qk": "int4", "pv": "int8"}, "no kernel for these formats"),
         ({"qk": "int4", "pv": "int4", "capability": 90}, "before compute capability 9.0"),
@@ -67,3 +68,4 @@ def test_says_why_there_is_no_kernel(shim, facts, reason):
 def test_wide_units_get_wide_tiles(shim):
     assert shim.select_config(shape(shim, unit=256)).block_m == 128
     assert shim.select_config(shape(shim, unit=64)).block_m == 64
+    assert shim.select_config(shape(shim, unit=256, head_dim=256)).block_m == 64

@@ -51,6 +51,7 @@ def module() -> ModuleType:
 
 def _build() -> None:
     import pybind11
+    import torch
 
     cmake, ninja = tool("cmake"), tool("ninja")
     assert cmake is not None and ninja is not None
@@ -60,6 +61,7 @@ def _build() -> None:
         "CMAKE_PREFIX_PATH": pybind11.get_cmake_dir(),
         "PYBIND11_FINDPYTHON": "ON",
         "Python_EXECUTABLE": sys.executable,
+        "PERMATTN_TORCH": str(Path(torch.__file__).parent),
     }
     _run([*configure, *(f"-D{k}={v}" for k, v in options.items())])
     _run([cmake, "--build", str(FOLDER)])

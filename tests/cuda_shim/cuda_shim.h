@@ -1,5 +1,5 @@
 // Test only: CUDA C++ kernels on a CPU. Kernel sources include it through primitives/platform.cuh
-// where they are not compiled by nvcc. One translation unit of a program includes it.
+// where they are not compiled by nvcc.
 #pragma once
 #include <cmath>
 

@@ -75,7 +75,7 @@ constexpr size_t kStackBytes = 128 << 10;
 extern "C" void permattn_shim_switch(void** save, void* load);
 asm(R"(
 .text
-.globl permattn_shim_switch
+.weak permattn_shim_switch
 .type permattn_shim_switch,@function
 permattn_shim_switch:
   pushq %rbp

@@ -51,4 +51,17 @@ inline void launch(unsigned grid, int32_t threads, size_t shared_bytes,
   }
 }
 
+// As launch; what a thread did wrong, or null.
+inline const char* try_launch(unsigned grid, int32_t threads, size_t shared_bytes,
+                              const std::function<void()>& body) {
+  static std::string what;
+  try {
+    launch(grid, threads, shared_bytes, body);
+  } catch (const std::exception& error) {
+    what = error.what();
+    return what.c_str();
+  }
+  return nullptr;
+}
+
 }  // namespace shim

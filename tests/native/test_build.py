@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from permattn.backends import cpu
-from permattn.backends.cpu import library
+from permattn.core import native
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = Path(cpu.__file__).parents[2] / "_native.so"
@@ -57,12 +57,12 @@ def test_without_a_compiler_the_build_goes_on_and_says_why(tmp_path):
 def test_why_not_repeats_the_reason(tmp_path, monkeypatch, report, wanted):
     if report is not None:
         (tmp_path / "_native_build.json").write_text(json.dumps(report))
-    monkeypatch.setattr(library, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
     reason = cpu.load.__wrapped__()
     assert "was not built" in reason and wanted in reason
 
 
 def test_a_library_of_another_machine_is_a_reason_not_a_crash(tmp_path, monkeypatch):
     (tmp_path / "_native.so").write_bytes(b"not a library")
-    monkeypatch.setattr(library, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
     assert "does not load" in cpu.load.__wrapped__()

@@ -62,9 +62,9 @@ template <int kBlockM>
 PERMATTN_DEVICE TokenSpan token_span(const int32_t* tokens) {
   uint32_t low = 0x7FFFFFFF;  // -1 is no lowest one
   int32_t high = -1;
-#pragma unroll 4
+#pragma unroll 8
   for (int row = 0; row < kBlockM; ++row) {
-    const uint32_t token = static_cast<uint32_t>(tokens[row]);
+    const auto token = static_cast<uint32_t>(tokens[row]);
     low = token < low ? token : low;
     high = tokens[row] > high ? tokens[row] : high;
   }

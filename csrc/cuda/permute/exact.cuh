@@ -19,7 +19,14 @@ PERMATTN_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 PERMATTN_DEVICE float float_from_half(uint32_t bits) {
   return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
 }
+// The low bytes of four words, side by side.
+PERMATTN_DEVICE uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
 #else
+inline uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return (a & 0xffU) | (b & 0xffU) << 8 | (c & 0xffU) << 16 | d << 24;
+}
 inline float product(float a, float b) { return a * b; }
 inline float sum(float a, float b) { return a + b; }
 inline float quotient(float a, float b) { return a / b; }
@@ -96,25 +103,19 @@ struct Type<Dtype::kFloat32> {
 
 PERMATTN_DEVICE uint32_t magnitude_bits(float x) { return ptx::bits_of(x) & 0x7fffffffU; }
 
-// NaN stays what it is.
-PERMATTN_DEVICE float clamped(float x, float high) {
-  return x > high ? high : x < -high ? -high : x;
-}
+// A number's nearest integer in the low digits of a word, ties to even, for |x| < 2^22: 1.5 * 2^23
+// has no digit behind the last one wanted. NaN becomes anything.
+constexpr uint32_t kIntegerZero = 0x4b400000U;
+PERMATTN_DEVICE uint32_t integer_digits(float x) { return ptx::bits_of(sum(x, 12582912.0F)); }
 
-// The nearest integer in the low byte, ties to even, for |x| < 128; 0 for NaN. A sum with 1.5 *
-// 2^23 has no digit behind the last one wanted.
-PERMATTN_DEVICE uint32_t integer_byte(float x) {
-  return x == x ? ptx::bits_of(sum(x, 12582912.0F)) & 0xffU : 0U;
-}
-
-// The byte of the nearest e4m3 number of |x| <= 448, ties to even.
+// The byte of the nearest e4m3 number of |x| < 464, ties to even.
 PERMATTN_DEVICE uint32_t e4m3_byte(float x) {
   const uint32_t bits = magnitude_bits(x);
   const uint32_t sign = ptx::bits_of(x) >> 24 & 0x80U;
   if (bits > 0x7f800000U) return sign | 0x7fU;
   // Numbers below 2^-6 are multiples of 2^-9.
   if (bits < 0x3c800000U) {
-    return sign | integer_byte(product(ptx::float_from_bits(bits), 512.0F));
+    return sign | (integer_digits(product(ptx::float_from_bits(bits), 512.0F)) - kIntegerZero);
   }
   // Three digits of the mantissa stay, 20 go.
   return sign | (((bits + 0x7ffffU + (bits >> 20 & 1U)) >> 20) - (120U << 3));
@@ -130,13 +131,15 @@ PERMATTN_DEVICE uint32_t e4m3_word(float x0, float x1, float x2, float x3) {
 }
 
 PERMATTN_DEVICE uint32_t integer_word(float x0, float x1, float x2, float x3) {
-  return integer_byte(x0) | integer_byte(x1) << 8 | integer_byte(x2) << 16 | integer_byte(x3) << 24;
+  return low_bytes(integer_digits(x0), integer_digits(x1), integer_digits(x2), integer_digits(x3));
 }
 
-// Four nibbles in 16 bits.
+// Four nibbles in 16 bits. Summed up as numbers from -8 to 7, of which each one borrows from the
+// next; eight more of each, and none does.
 PERMATTN_DEVICE uint32_t nibble_half(float x0, float x1, float x2, float x3) {
-  return (integer_byte(x0) & 15U) | (integer_byte(x1) & 15U) << 4 | (integer_byte(x2) & 15U) << 8 |
-         (integer_byte(x3) & 15U) << 12;
+  const uint32_t all = integer_digits(x0) + 16U * integer_digits(x1) + 256U * integer_digits(x2) +
+                       4096U * integer_digits(x3);
+  return ((all + 0x8888U) ^ 0x8888U) & 0xffffU;
 }
 
 }  // namespace permattn::permute

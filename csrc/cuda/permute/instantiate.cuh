@@ -6,11 +6,11 @@
 
 namespace permattn::permute {
 
-template <Dtype kDtype, int kQuads, bool kTransformed>
-PERMATTN_GLOBAL void __launch_bounds__(cuda::kMaxThreads)
+template <Dtype kDtype, bool kHolds, bool kTransformed>
+PERMATTN_GLOBAL void __launch_bounds__(cuda::kMaxThreads, 1)
     prepare_kernel(const __grid_constant__ PrepareArgs args) {
   PERMATTN_DYNAMIC_SHARED(shared);
-  prepare<kDtype, kQuads, kTransformed>(args, shared);
+  prepare<kDtype, kHolds, kTransformed>(args, shared);
 }
 
 template <Dtype kDtype>
@@ -41,11 +41,11 @@ const char* launch_rows(const PrepareArgs& args, void* stream) {
     return launch(kernel, blocks, t.threads, args.shared.bytes, stream, args);
   };
   if (t.quads_per_thread == 1) {
-    return is_transformed ? run(permute::prepare_kernel<kDtype, 1, true>)
-                          : run(permute::prepare_kernel<kDtype, 1, false>);
+    return is_transformed ? run(permute::prepare_kernel<kDtype, true, true>)
+                          : run(permute::prepare_kernel<kDtype, true, false>);
   }
-  return is_transformed ? run(permute::prepare_kernel<kDtype, 2, true>)
-                        : run(permute::prepare_kernel<kDtype, 2, false>);
+  return is_transformed ? run(permute::prepare_kernel<kDtype, false, true>)
+                        : run(permute::prepare_kernel<kDtype, false, false>);
 }
 
 template <Dtype kDtype>

@@ -24,7 +24,7 @@ struct ColumnStatisticsArgs {
   ColumnParams c;
   int32_t lanes;
   int64_t runs;  // of a head
-  bool whole_x, whole_columns, whole_angles;
+  WholeLoads whole;
   float* found;  // [B, H, runs, 3, D]: sum, lowest, highest
 };
 

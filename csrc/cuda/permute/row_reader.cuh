@@ -8,6 +8,7 @@
 namespace permattn::permute {
 
 using cuda::kChunk;
+using cuda::WholeLoads;
 
 // Up to kCount numbers of a float table; 0 past `count`.
 template <int kCount>
@@ -32,18 +33,42 @@ PERMATTN_DEVICE float row_sum(float x, int32_t lanes) {
   return x;
 }
 
+// A number for every column of a thread, or none. Held in registers, or read again for every row.
+template <bool kIsHeld>
+struct ColumnTable {
+  const float* from;  // the thread's first column; or null
+  int32_t left;       // columns from there on
+  bool is_whole;
+  float held[kIsHeld ? kChunk : 1];
+
+  PERMATTN_DEVICE ColumnTable(const float* table, int32_t first, int32_t dim, bool whole)
+      : from(table == nullptr ? nullptr : table + first), left(dim - first), is_whole(whole) {
+    if constexpr (kIsHeld) {
+      if (from != nullptr) load_floats(from, left, is_whole, held);
+    }
+  }
+
+  PERMATTN_DEVICE bool is_there() const { return from != nullptr; }
+  PERMATTN_DEVICE void get(float (&to)[kChunk]) const {
+    if constexpr (kIsHeld) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) to[i] = held[i];
+    } else {
+      load_floats(from, left, is_whole, to);
+    }
+  }
+};
+
+// One thread's part of the rows of a head of x.
 template <Dtype kDtype>
-struct RowReader {
-  using T = Type<kDtype>;
-  using Storage = typename T::Storage;
-  using Chunk = typename T::Chunk;
-  static constexpr int kPairs = kChunk / 2;
+struct RowLoader {
+  using Storage = typename Type<kDtype>::Storage;
+  using Chunk = typename Type<kDtype>::Chunk;
 
   const PrepareParams& p;
   int32_t b, h;         // h is a head of x
   int32_t lanes, lane;  // of a row
-  bool whole_x, whole_columns, whole_angles;
-  float* exchange;  // shared memory of the warp, [kChunk][32]; only for halves
+  bool whole_x;
 
   PERMATTN_DEVICE int32_t first_column() const { return lane * kChunk; }
   PERMATTN_DEVICE int32_t columns_left() const { return p.dim - first_column(); }
@@ -73,16 +98,46 @@ struct RowReader {
       }
     }
   }
+};
 
-  PERMATTN_DEVICE void load_column(const float* table, float (&to)[kChunk]) const {
-    load_floats(table + first_column(), columns_left(), whole_columns, to);
+// What is done to rows once they are there.
+template <bool kHoldsTables>
+struct RowTransform {
+  using Table = ColumnTable<kHoldsTables>;
+  static constexpr int kPairs = kChunk / 2;
+
+  const PrepareParams& p;
+  int32_t b;
+  int32_t lanes, lane;  // of a row
+  bool whole_angles;
+  float* exchange;  // shared memory of the warp, [kChunk][32]; only for halves
+  Table weight;
+  ColumnTable<false> bias;  // rarer
+
+  // `is_used`: false reads no tables.
+  template <class Loader>
+  PERMATTN_DEVICE RowTransform(const Loader& rows, const WholeLoads& whole, bool is_used,
+                               float* spare)
+      : p(rows.p),
+        b(rows.b),
+        lanes(rows.lanes),
+        lane(rows.lane),
+        whole_angles(whole.angles),
+        exchange(spare),
+        weight(of_head(is_used ? p.transform.weight : nullptr, rows), first_column(), p.dim,
+               whole.columns),
+        bias(of_head(is_used ? p.transform.bias : nullptr, rows), first_column(), p.dim,
+             whole.columns) {}
+
+  // Of [D], or of [H * D] for a norm across heads.
+  template <class Loader>
+  static PERMATTN_DEVICE const float* of_head(const float* table, const Loader& rows) {
+    const bool has_heads = table != nullptr && rows.p.transform.across_heads;
+    return has_heads ? table + static_cast<int64_t>(rows.h) * rows.p.dim : table;
   }
 
-  // Of the table [B, H / group, D], or [B, H, D].
-  PERMATTN_DEVICE void load_column_of_head(const float* table, int64_t group,
-                                           float (&to)[kChunk]) const {
-    load_column(table + (b * (p.heads / group) + h / group) * p.dim, to);
-  }
+  PERMATTN_DEVICE int32_t first_column() const { return lane * kChunk; }
+  PERMATTN_DEVICE int32_t columns_left() const { return p.dim - first_column(); }
 
   PERMATTN_DEVICE void normalise(int32_t token, float (&x)[kChunk]) const {
     const Transform& t = p.transform;
@@ -114,15 +169,14 @@ struct RowReader {
     }
 #pragma unroll
     for (float& each : x) each = product(each, inverse);
-    const int64_t first = t.across_heads ? static_cast<int64_t>(h) * p.dim : 0;
     float by_column[kChunk];
-    if (t.weight != nullptr) {
-      load_column(t.weight + first, by_column);
+    if (weight.is_there()) {
+      weight.get(by_column);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) x[i] = product(x[i], by_column[i]);
     }
-    if (t.bias != nullptr) {
-      load_column(t.bias + first, by_column);
+    if (bias.is_there()) {
+      bias.get(by_column);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) x[i] = sum(x[i], by_column[i]);
     }
@@ -170,8 +224,7 @@ struct RowReader {
   }
 
   static PERMATTN_DEVICE float turned(float x, float partner, float cos, float sin, bool is_first) {
-    const float other = product(partner, sin);
-    return is_first ? difference(product(x, cos), other) : sum(other, product(x, cos));
+    return sum(product(x, cos), product(partner, is_first ? -sin : sin));
   }
 
   // Each chunk's numbers lie 32 words apart: lanes that read columns `width` on, whatever width is,
@@ -194,7 +247,7 @@ struct RowReader {
   }
 
   // All lanes of a warp come here together.
-  PERMATTN_DEVICE void transform(int32_t token, float (&x)[kChunk]) const {
+  PERMATTN_DEVICE void apply(int32_t token, float (&x)[kChunk]) const {
     const Transform& t = p.transform;
     if (t.norm != Transform::Norm::kNone) normalise(token, x);
     if (t.cos == nullptr) return;

@@ -8,21 +8,19 @@ namespace permattn::permute {
 // Mean (layer norm) and inverse deviation of a token over all of its heads.
 template <Dtype kDtype>
 PERMATTN_DEVICE void token_statistics(const cuda::TokenStatisticsArgs& args) {
-  using Reader = RowReader<kDtype>;
+  using Reader = RowLoader<kDtype>;
   const PrepareParams& p = args.p;
-  const auto warp = static_cast<int64_t>(blockIdx.x) * (cuda::kStatisticsThreads / 32) +
-                    static_cast<int32_t>(threadIdx.x) / 32;
+  const uint32_t warp = blockIdx.x * (cuda::kStatisticsThreads / 32) + threadIdx.x / 32;
   if (warp >= p.batch * p.tokens) return;
-  const auto b = static_cast<int32_t>(warp / p.tokens);
-  const auto token = static_cast<int32_t>(warp % p.tokens);
+  const auto tokens = static_cast<uint32_t>(p.tokens);
+  const auto b = static_cast<int32_t>(warp / tokens), token = static_cast<int32_t>(warp % tokens);
   const int32_t warp_lane = static_cast<int32_t>(threadIdx.x) % 32;
   const auto chunks = static_cast<int32_t>(p.heads) * args.lanes;
 
   const auto sum_of = [&](auto term) {
     float all = 0.0F;
     for (int32_t at = warp_lane; at < chunks; at += 32) {
-      const Reader reader{p,     b,     at / args.lanes, args.lanes, at % args.lanes, args.whole_x,
-                          false, false, nullptr};
+      const Reader reader{p, b, at / args.lanes, args.lanes, at % args.lanes, args.whole_x};
       typename Reader::Chunk chunk;
       float x[kChunk];
       reader.load(token, chunk);
@@ -39,8 +37,8 @@ PERMATTN_DEVICE void token_statistics(const cuda::TokenStatisticsArgs& args) {
   }
   const float square = sum_of([mean](float x) { return (x - mean) * (x - mean); });
   if (warp_lane != 0) return;
-  args.stats[2 * warp] = mean;
-  args.stats[2 * warp + 1] =
+  args.stats[2 * static_cast<int64_t>(warp)] = mean;
+  args.stats[2 * static_cast<int64_t>(warp) + 1] =
       quotient(1.0F, square_root(sum(quotient(square, count), p.transform.eps)));
 }
 
@@ -50,21 +48,16 @@ constexpr int32_t kColumnShared = cuda::kStatisticsThreads * kChunk * 4 * 3;
 // Sum, lowest and highest of the transformed columns of a run of tokens.
 template <Dtype kDtype>
 PERMATTN_DEVICE void column_statistics(const cuda::ColumnStatisticsArgs& args, char* shared) {
-  using Reader = RowReader<kDtype>;
+  using Reader = RowLoader<kDtype>;
   const PrepareParams& p = args.c.source;
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const auto heads = static_cast<uint32_t>(p.heads), runs = static_cast<uint32_t>(args.runs);
   const uint32_t h = blockIdx.x % heads, run = blockIdx.x / heads % runs;
   const uint32_t b = blockIdx.x / heads / runs;
-  const Reader reader{p,
-                      static_cast<int32_t>(b),
-                      static_cast<int32_t>(h),
-                      args.lanes,
-                      thread % args.lanes,
-                      args.whole_x,
-                      args.whole_columns,
-                      args.whole_angles,
-                      reinterpret_cast<float*>(shared) + thread / 32 * (32 * kChunk)};
+  const Reader reader{p,          static_cast<int32_t>(b), static_cast<int32_t>(h),
+                      args.lanes, thread % args.lanes,     args.whole.x};
+  const RowTransform<false> transform(
+      reader, args.whole, true, reinterpret_cast<float*>(shared) + thread / 32 * (32 * kChunk));
   const uint8_t* seen = args.c.seen == nullptr
                             ? nullptr
                             : args.c.seen + b * args.c.seen_stride_b + h * args.c.seen_stride_h;
@@ -76,22 +69,31 @@ PERMATTN_DEVICE void column_statistics(const cuda::ColumnStatisticsArgs& args, c
     lowest[i] = kInfinity;
     highest[i] = -kInfinity;
   }
+  // Some rows are asked for before the first is waited for.
+  constexpr int kAhead = kDtype == Dtype::kFloat32 ? 2 : 4;
   const int32_t units = cuda::kStatisticsThreads / args.lanes;
-  for (int64_t at = thread / args.lanes; at < cuda::kTokensPerRun; at += units) {
-    const int64_t place = run * cuda::kTokensPerRun + at;
-    const bool counts = place < p.tokens && (seen == nullptr || seen[place] != 0);
-    const int32_t token = counts ? static_cast<int32_t>(place) : -1;
-    typename Reader::Chunk chunk;
-    float x[kChunk];
-    reader.load(token, chunk);
-    Type<kDtype>::unpack(chunk, x);
-    reader.transform(token, x);
-    if (!counts) continue;
+  for (int64_t at = thread / args.lanes; at < cuda::kTokensPerRun; at += kAhead * units) {
+    typename Reader::Chunk chunk[kAhead];
+    int32_t token[kAhead];
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      total[i] += x[i];
-      lowest[i] = x[i] < lowest[i] ? x[i] : lowest[i];
-      highest[i] = x[i] > highest[i] ? x[i] : highest[i];
+    for (int s = 0; s < kAhead; ++s) {
+      const int64_t place = run * cuda::kTokensPerRun + at + s * units;
+      const bool counts = place < p.tokens && (seen == nullptr || seen[place] != 0);
+      token[s] = counts ? static_cast<int32_t>(place) : -1;
+      reader.load(token[s], chunk[s]);
+    }
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+      float x[kChunk];
+      Type<kDtype>::unpack(chunk[s], x);
+      transform.apply(token[s], x);
+      if (token[s] < 0) continue;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        total[i] += x[i];
+        lowest[i] = x[i] < lowest[i] ? x[i] : lowest[i];
+        highest[i] = x[i] > highest[i] ? x[i] : highest[i];
+      }
     }
   }
   __syncthreads();

@@ -23,6 +23,24 @@ struct PrepareTiling {
   PERMATTN_HD constexpr int32_t rows() const { return groups * rows_per_group; }
 };
 
+// Threads of a row.
+constexpr int32_t lanes_of(const PrepareParams& p) {
+  return p.dim <= 64 ? 8 : p.dim <= 128 ? 16 : 32;
+}
+
+inline bool is_aligned(const void* p, uint64_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+// Whether every chunk of x is whole and stands at a multiple of 16 bytes.
+inline bool has_whole_chunks(const PrepareParams& p) {
+  const int64_t per_word = p.dtype == Dtype::kFloat32 ? 4 : 8;
+  return p.dim % kChunk == 0 && is_aligned(p.x.data, 16) &&
+         (p.batch == 1 || p.x.stride_b % per_word == 0) &&
+         (p.heads == 1 || p.x.stride_h % per_word == 0) &&
+         (p.tokens == 1 || p.x.stride_s % per_word == 0);
+}
+
 PERMATTN_HD constexpr int32_t round_up_to(int32_t x, int32_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
@@ -30,7 +48,7 @@ PERMATTN_HD constexpr int32_t round_up_to(int32_t x, int32_t multiple) {
 // For 1 to kMaxRowsPerScale rows per scale and 1 to 256 columns.
 constexpr PrepareTiling tiling_of(const PrepareParams& p) {
   PrepareTiling t{};
-  t.lanes = p.dim <= 64 ? 8 : p.dim <= 128 ? 16 : 32;
+  t.lanes = lanes_of(p);
   const bool has_scales = p.format != Format::kNone;
   t.rows_per_group = has_scales ? static_cast<int32_t>(p.rows_per_scale) : kTileRows;
   t.groups = t.rows_per_group < kTileRows ? kTileRows / t.rows_per_group : 1;
@@ -42,11 +60,11 @@ constexpr PrepareTiling tiling_of(const PrepareParams& p) {
   return t;
 }
 
-// Dynamic shared memory: maxima of groups, which become inverses of scales, and behind them either
-// rows whose halves change places or tiles before they are written.
+// Dynamic shared memory: maxima of groups, which become inverses of scales; rows whose halves
+// change places; tiles before they are written. Rows that are made once need the last two in turn.
 struct PrepareShared {
   int32_t high_stride;  // numbers of a group: its columns, or 1
-  int32_t spare_offset;
+  int32_t exchange_offset, staged_offset;
   int32_t column_bytes;  // of a column of a tile of kFragments, with four more against conflicts
   int32_t bytes;
 };
@@ -55,17 +73,24 @@ constexpr PrepareShared shared_of(const PrepareParams& p, const PrepareTiling& t
   PrepareShared s{};
   const int32_t columns = t.lanes * kChunk;
   s.high_stride = p.per_column ? columns : 1;
-  s.spare_offset = p.format == Format::kNone ? 0 : round_up_to(t.groups * s.high_stride * 4, 16);
-  int32_t spare = 0;
-  if (p.transform.cos != nullptr && !p.transform.interleaved) spare = t.threads * kChunk * 4;
+  const int32_t high = p.format == Format::kNone ? 0 : t.groups * s.high_stride * 4;
+  const bool exchanges = p.transform.cos != nullptr && !p.transform.interleaved;
+  const int32_t exchange = exchanges ? t.threads * kChunk * 4 : 0;
+  s.exchange_offset = s.staged_offset = round_up_to(high, 16);
+  if (t.quads_per_thread > 1) s.staged_offset += exchange;
+  s.bytes = s.exchange_offset + exchange;
   if (p.layout == Layout::kFragments) {
     s.column_bytes = (p.format == Format::kInt4 ? t.rows_per_group / 2 : t.rows_per_group) + 4;
     const int32_t tile = t.groups * columns * s.column_bytes;
-    spare = spare > tile ? spare : tile;
+    s.bytes = s.staged_offset + tile > s.bytes ? s.staged_offset + tile : s.bytes;
   }
-  s.bytes = s.spare_offset + spare;
   return s;
 }
+
+// Whether a thread's chunk is whole, and stands where wide loads may begin.
+struct WholeLoads {
+  bool x, columns, angles;
+};
 
 // The one parameter of the kernel.
 struct PrepareArgs {
@@ -73,8 +98,8 @@ struct PrepareArgs {
   PrepareTiling tiling;
   PrepareShared shared;
   float high;  // largest magnitude of the format
-  // Whether a thread's chunk is whole and aligned.
-  bool whole_x, whole_columns, whole_angles, whole_rows;
+  WholeLoads whole;
+  bool whole_rows;  // a chunk is one store
 };
 
 }  // namespace permattn::cuda

@@ -13,12 +13,18 @@ template <class T>
 PERMATTN_DEVICE T shuffle_xor(T value, int32_t mask) {
   return __shfl_xor_sync(~0U, value, mask);
 }
+// The value of lane (lane modulo 32).
 PERMATTN_DEVICE int32_t shuffle_from(int32_t value, int32_t lane) {
   return __shfl_sync(~0U, value, lane);
+}
+// The value of lane (own - step); the own one where there is none.
+PERMATTN_DEVICE int32_t shuffle_up(int32_t value, int32_t step) {
+  return __shfl_up_sync(~0U, value, step);
 }
 // In any order: the largest of whole numbers, their sum and the union of their bits are the same.
 PERMATTN_DEVICE void raise_to(uint32_t* to, uint32_t value) { atomicMax(to, value); }
 PERMATTN_DEVICE void join_bits(uint32_t* to, uint32_t value) { atomicOr(to, value); }
+PERMATTN_DEVICE void add_to(uint32_t* to, uint32_t value) { atomicAdd(to, value); }
 PERMATTN_DEVICE int32_t count_bits(uint32_t x) { return __popc(x); }
 
 #else
@@ -27,9 +33,16 @@ template <class T>
 T shuffle_xor(T value, int32_t mask) {
   return shim::exchange(value, shim::block->current->lane ^ mask);
 }
-inline int32_t shuffle_from(int32_t value, int32_t lane) { return shim::exchange(value, lane); }
+inline int32_t shuffle_from(int32_t value, int32_t lane) {
+  return shim::exchange(value, lane & 31);
+}
+inline int32_t shuffle_up(int32_t value, int32_t step) {
+  const int32_t own = shim::block->current->lane;
+  return shim::exchange(value, own < step ? own : own - step);
+}
 inline void raise_to(uint32_t* to, uint32_t value) { *to = *to < value ? value : *to; }
 inline void join_bits(uint32_t* to, uint32_t value) { *to |= value; }
+inline void add_to(uint32_t* to, uint32_t value) { *to += value; }
 inline int32_t count_bits(uint32_t x) { return __builtin_popcount(x); }
 
 #endif

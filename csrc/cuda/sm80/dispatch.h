@@ -19,6 +19,9 @@ constexpr bool has_kernel(Format qk, Format pv) {
   }
 }
 
+template <Dtype kDtype, Format kQk, Format kPv>
+struct Formats {};
+
 template <Dtype kDtype, Format kQk, Format kPv, int kDim, int kRows>
 struct Kernel {};
 
@@ -29,61 +32,70 @@ const char* visit_rows(int32_t rows, const Visitor& visitor) {
   if constexpr (tile_shape(kQk, kPv, kDim, 128).block_m != 0) {
     if (rows == 128) return visitor(Kernel<kDtype, kQk, kPv, kDim, 128>{});
   }
-  if (rows == 64) return visitor(Kernel<kDtype, kQk, kPv, kDim, 64>{});
-  return "no kernel for tiles of so many rows";
-}
-
-template <Dtype kDtype, Format kQk, Format kPv, class Visitor>
-const char* visit_dims(const cuda::Config& config, const Visitor& visitor) {
-  switch (config.dim) {
-    case 64:
-      return visit_rows<kDtype, kQk, kPv, 64>(config.block_m, visitor);
-    case 96:
-      return visit_rows<kDtype, kQk, kPv, 96>(config.block_m, visitor);
-    case 128:
-      return visit_rows<kDtype, kQk, kPv, 128>(config.block_m, visitor);
-    default:
-      return "no kernel for this head dim";
+  if constexpr (tile_shape(kQk, kPv, kDim, 64).block_m != 0) {
+    if (rows == 64) return visitor(Kernel<kDtype, kQk, kPv, kDim, 64>{});
   }
+  return "sm80: no kernel for tiles of so many rows";
 }
 
 template <Format kQk, class Visitor>
-const char* visit_dtypes(const cuda::Config& config, Dtype dtype, const Visitor& visitor) {
-  if (dtype == Dtype::kBFloat16) {
-    return visit_dims<Dtype::kBFloat16, kQk, Format::kNone>(config, visitor);
-  }
-  return visit_dims<Dtype::kFloat16, kQk, Format::kNone>(config, visitor);
+const char* visit_dtypes(Dtype dtype, const Visitor& visitor) {
+  if (dtype == Dtype::kBFloat16) return visitor(Formats<Dtype::kBFloat16, kQk, Format::kNone>{});
+  return visitor(Formats<Dtype::kFloat16, kQk, Format::kNone>{});
 }
 
 }  // namespace detail
 
-// visitor(Kernel<...>{}) of the kernel for a config; an error where there is none. Where P V is
+// visitor(Formats<...>{}) of a config; an error where there are no kernels for them. Where P V is
 // quantised, one kernel writes every dtype, and its own is kFloat32.
 template <class Visitor>
-const char* visit_kernel(const cuda::Config& config, Dtype dtype, const Visitor& visitor) {
+const char* visit_formats(const cuda::Config& config, Dtype dtype, const Visitor& visitor) {
   constexpr Dtype kAny = Dtype::kFloat32;
-  if (config.qk == Format::kNone && config.pv == Format::kNone) {
-    return detail::visit_dtypes<Format::kNone>(config, dtype, visitor);
-  }
-  if (config.qk == Format::kInt8) {
-    switch (config.pv) {
+  constexpr auto kInt8 = Format::kInt8, kInt4 = Format::kInt4;
+  if (config.pv == Format::kNone) {
+    switch (config.qk) {
       case Format::kNone:
-        return detail::visit_dtypes<Format::kInt8>(config, dtype, visitor);
+        return detail::visit_dtypes<Format::kNone>(dtype, visitor);
       case Format::kInt8:
-        return detail::visit_dims<kAny, Format::kInt8, Format::kInt8>(config, visitor);
+        return detail::visit_dtypes<kInt8>(dtype, visitor);
       case Format::kInt4:
-        return detail::visit_dims<kAny, Format::kInt8, Format::kInt4>(config, visitor);
+        return detail::visit_dtypes<kInt4>(dtype, visitor);
       case Format::kFp8:
-        return detail::visit_dims<kAny, Format::kInt8, Format::kFp8>(config, visitor);
+        break;
     }
   }
-  if (config.qk == Format::kInt4 && config.pv == Format::kNone) {
-    return detail::visit_dtypes<Format::kInt4>(config, dtype, visitor);
+  if (config.qk == kInt8 && config.pv == kInt8) return visitor(Formats<kAny, kInt8, kInt8>{});
+  if (config.qk == kInt8 && config.pv == kInt4) return visitor(Formats<kAny, kInt8, kInt4>{});
+  if (config.qk == kInt8 && config.pv == Format::kFp8) {
+    return visitor(Formats<kAny, kInt8, Format::kFp8>{});
   }
-  if (config.qk == Format::kInt4 && config.pv == Format::kInt4) {
-    return detail::visit_dims<kAny, Format::kInt4, Format::kInt4>(config, visitor);
+  if (config.qk == kInt4 && config.pv == kInt4) return visitor(Formats<kAny, kInt4, kInt4>{});
+  return "sm80: no kernel for these formats";
+}
+
+// visitor(Kernel<...>{}) of a config of these formats.
+template <Dtype kDtype, Format kQk, Format kPv, class Visitor>
+const char* visit_dims(const cuda::Config& config, const Visitor& visitor) {
+  switch (config.dim) {
+    case 64:
+      return detail::visit_rows<kDtype, kQk, kPv, 64>(config.block_m, visitor);
+    case 96:
+      return detail::visit_rows<kDtype, kQk, kPv, 96>(config.block_m, visitor);
+    case 128:
+      return detail::visit_rows<kDtype, kQk, kPv, 128>(config.block_m, visitor);
+    case 256:
+      return detail::visit_rows<kDtype, kQk, kPv, 256>(config.block_m, visitor);
+    default:
+      return "sm80: no kernel for this head dim";
   }
-  return "no kernel for these formats";
+}
+
+template <class Visitor>
+const char* visit_kernel(const cuda::Config& config, Dtype dtype, const Visitor& visitor) {
+  return visit_formats(config, dtype,
+                       [&]<Dtype kDtype, Format kQk, Format kPv>(Formats<kDtype, kQk, kPv>) {
+                         return visit_dims<kDtype, kQk, kPv>(config, visitor);
+                       });
 }
 
 }  // namespace permattn::sm80

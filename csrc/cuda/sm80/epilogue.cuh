@@ -12,7 +12,7 @@ PERMATTN_DEVICE void load_state(const AttentionArgs& args, int64_t head, const Q
   for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int32_t token = q.token[m][half];
+      const int32_t token = q.token(m, half);
       const bool is_carried = args.acc != nullptr && token >= 0;
       const int64_t row = head * args.num_q_tokens + token;
       state.high[m][half] = is_carried ? args.high[row] : kMinusInfinity;
@@ -37,7 +37,7 @@ PERMATTN_DEVICE void store_state(const AttentionArgs& args, int64_t head, const 
   for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int32_t token = q.token[m][half];
+      const int32_t token = q.token(m, half);
       if (token < 0) continue;
       const int64_t row = head * args.num_q_tokens + token;
       if (at.pair == 0) {
@@ -78,8 +78,8 @@ PERMATTN_DEVICE void store_rows(const AttentionArgs& args, const device::QueryTi
       const float total = state.total[m][2 * half];
       const float inverse = total == 0.0F ? 1.0F : 1.0F / total;
       const int32_t row = first_row + 16 * m + 8 * half + at.row;
-      if (at.pair == 0 && q.token[m][half] >= 0) {
-        args.lse[head * args.num_q_tokens + q.token[m][half]] =
+      if (at.pair == 0 && q.token(m, half) >= 0) {
+        args.lse[head * args.num_q_tokens + q.token(m, half)] =
             total == 0.0F ? kMinusInfinity : (state.high[m][half] + ptx::log2_approx(total)) * kLn2;
       }
 #pragma unroll

@@ -21,9 +21,9 @@ PERMATTN_DEVICE void copy_keys(const AttentionArgs& args, const PartHead* heads,
   } else {
     const int64_t first = static_cast<int64_t>(lanes.group) * args.head_dim_v;
     device::copy_rows<typename T::VLayout, T::kThreads>(
-        v_tile, thread, row_bytes(T::kPv, T::kBlockN), head.v, [&](int row) -> const char* {
-          if (lanes.group < 0 || row >= args.head_dim_v) return nullptr;
-          return head.v + (first + row) * head.v_row_bytes;
+        v_tile, thread, row_bytes(T::kPv, T::kBlockN), [&](int row) -> device::RowSource {
+          const bool is_there = lanes.group >= 0 && row < args.head_dim_v;
+          return {head.v + (is_there ? first + row : 0) * head.v_row_bytes, is_there};
         });
     constexpr int kFloats = kChunkBytes / 4;
     for (int i = thread; i < T::kDim / kFloats; i += T::kThreads) {
@@ -34,7 +34,7 @@ PERMATTN_DEVICE void copy_keys(const AttentionArgs& args, const PartHead* heads,
   }
 }
 
-// Facts of the tile and its parts, worked out by a thread each.
+// Facts of the tile and its parts.
 template <class T>
 PERMATTN_DEVICE void begin_tile(const AttentionArgs& args, const device::QueryTile& tile,
                                 int32_t thread, typename T::Bookkeeping& books) {
@@ -42,6 +42,10 @@ PERMATTN_DEVICE void begin_tile(const AttentionArgs& args, const device::QueryTi
   if (thread < args.num_parts) {
     books.heads[thread] = device::part_head<T::kQk, T::kPv>(args, tile, thread);
   }
+  if constexpr (T::kQuantisedQk) stage_factors<T>(args, tile, thread, books.q_factors);
+  __syncthreads();
+  if (thread == 0) books.q_span = device::token_span<T::kBlockM>(books.q_tokens);
+  __syncthreads();
 }
 
 template <class T>
@@ -54,21 +58,23 @@ PERMATTN_DEVICE void attend(const AttentionArgs& args, char* shared) {
   const int32_t first_row = thread / 32 * T::kWarpRows;
 
   begin_tile<T>(args, tile, thread, books);
-  __syncthreads();
   char* q_tile = shared + T::kQOffset;
   copy_queries<T>(args, tile, books.q_tokens, thread, q_tile);
   ptx::cp_async_commit();
 
-  const device::QueryTokens queries{books.q_tokens, T::kBlockM,
-                                    device::token_span<T::kBlockM>(books.q_tokens),
-                                    args.q_token.data == nullptr};
+  // Read again in every turn: registers are dear.
+  const auto queries = [&] {
+    return device::QueryTokens{books.q_tokens, T::kBlockM, books.q_span,
+                               args.q_token.data == nullptr};
+  };
   using Stager = device::LaneStager<T::kBlockN, T::kQuantisedQk>;
   Stager stager(args, books.heads, thread);
   const int32_t num_tiles = device::num_key_tiles<T::kBlockN>(books.heads, args.num_parts);
   if (thread < T::kBlockN) {
 #pragma unroll 1
     for (int i = -Stager::kDelay; i < T::kStages; ++i) {
-      stager.step(queries, &books.lanes[i < 0 ? 0 : i]);
+      stager.step(queries(), books.lanes[i & (T::kRing - 1)],
+                  books.lanes[(i + 1) & (T::kRing - 1)]);
     }
   }
   ptx::cp_async_wait<0>();
@@ -78,7 +84,7 @@ PERMATTN_DEVICE void attend(const AttentionArgs& args, char* shared) {
     __syncthreads();
   }
   QueryRows<T> q;
-  load_queries<T>(args, tile, books.q_tokens, q_tile, first_row, at, q);
+  load_queries<T>(args, books, shared, first_row, at, q);
   Softmax<T> state;
   load_state<T>(args, head, q, at, state);
 #pragma unroll
@@ -90,26 +96,25 @@ PERMATTN_DEVICE void attend(const AttentionArgs& args, char* shared) {
   }
 
   const bool warp_idles = first_row >= tile.num_rows;
-  int32_t ring = 0, stage = 0;  // of tile i
+  const auto lanes = [&](int32_t i) -> LaneTile<T::kBlockN>& {
+    return books.lanes[i & (T::kRing - 1)];
+  };
 #pragma unroll 1
   for (int32_t i = 0; i < num_tiles; ++i) {
     ptx::cp_async_wait<T::kStages - 2>();
     // Now all have tile i, and nobody needs tile i - 1.
     __syncthreads();
-    const int32_t last_stage = stage == 0 ? T::kStages - 1 : stage - 1;
-    const int32_t last_ring = ring == 0 ? T::kRing - 1 : ring - 1;
-    const int32_t next_ring = last_ring == 0 ? T::kRing - 1 : last_ring - 1;
-    if (i + T::kStages - 1 < num_tiles) {
-      copy_keys<T>(args, books.heads, books.lanes[next_ring], thread,
-                   shared + last_stage * T::kStageBytes);
+    const int32_t last = i + T::kStages - 1;
+    if (last < num_tiles) {
+      copy_keys<T>(args, books.heads, lanes(last), thread,
+                   shared + static_cast<uint32_t>(last) % T::kStages * T::kStageBytes);
     }
     ptx::cp_async_commit();
-    if (thread < T::kBlockN) stager.step(queries, &books.lanes[last_ring]);
+    if (thread < T::kBlockN) stager.step(queries(), lanes(last + 1), lanes(last + 2));
     if (!warp_idles) {
-      attend_tile<T>(args, q, books.lanes[ring], shared + stage * T::kStageBytes, at, state);
+      attend_tile<T>(args, q, lanes(i), static_cast<uint32_t>(i) % T::kStages * T::kStageBytes, at,
+                     state);
     }
-    stage = stage == T::kStages - 1 ? 0 : stage + 1;
-    ring = ring == T::kRing - 1 ? 0 : ring + 1;
   }
   ptx::cp_async_wait<0>();
   if (args.acc != nullptr) {
@@ -120,11 +125,23 @@ PERMATTN_DEVICE void attend(const AttentionArgs& args, char* shared) {
   store_rows<T>(args, tile, head, q, books.q_tokens, first_row, at, state, shared);
 }
 
+// Whether the architecture that is compiled for has the products of a kernel. No config names one
+// that it has not, whose code is empty.
 template <class T>
-PERMATTN_GLOBAL void __launch_bounds__(T::kThreads, 1)
+PERMATTN_HD constexpr bool has_products() {
+#if defined(__CUDA_ARCH__)
+  // Between them FP8 is emulated without whole warpgroups.
+  if (T::kPv == Format::kFp8) return __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200;
+  if (T::kQk == Format::kInt4 || T::kPv == Format::kInt4) return __CUDA_ARCH__ < 900;
+#endif
+  return true;
+}
+
+template <class T>
+PERMATTN_GLOBAL void __launch_bounds__(T::kThreads, T::kShape.blocks)
     attention_kernel(const __grid_constant__ AttentionArgs args) {
   PERMATTN_DYNAMIC_SHARED(shared);
-  attend<T>(args, shared);
+  if constexpr (has_products<T>()) attend<T>(args, shared);
 }
 
 }  // namespace permattn::sm80

@@ -5,25 +5,29 @@
 namespace permattn::sm80 {
 
 constexpr float kMinusInfinity = -__builtin_inff();
+// Factors of scores are not 0, by which a hidden score would become NaN.
+constexpr float kLeastFactor = 1e-30F;
 
 // Where a lane of a warp stands in fragments: rows row and row + 8, columns 2 * pair and the next.
 struct LanePosition {
   int32_t lane, row, pair;
 };
 
-// Addresses of ldmatrix.x4 inside a tile of panels. `a`: four 8 x 8 matrices of 16 rows by 32
-// bytes, rows first: fragments of A, and of B where B is transposed. `b`: bytes first, fragments
-// of B for two columns of tiles. Steps along the row flip bits, as the swizzle does.
+// Addresses of ldmatrix.x4 inside a tile of panels, as offsets from the block's shared memory. `a`:
+// four 8 x 8 matrices of 16 rows by 32 bytes, rows first: fragments of A, and of B where B is
+// transposed. `b`: bytes first, fragments of B for two columns of tiles. Steps along the row flip
+// bits, as the swizzle does. The tile's offset is in before they do: sums of the two would be the
+// same in every turn of the loop, and take up registers all along.
 template <class Layout>
 struct MatrixAddress {
   uint32_t start;
 
-  PERMATTN_DEVICE static MatrixAddress of_a(int32_t lane, int32_t first_row = 0) {
-    return {static_cast<uint32_t>(Layout::offset(first_row + lane % 16, lane / 16 * kChunkBytes))};
+  PERMATTN_DEVICE static MatrixAddress of_a(uint32_t tile, int32_t lane) {
+    return {tile + static_cast<uint32_t>(Layout::offset(lane % 16, lane / 16 * kChunkBytes))};
   }
-  PERMATTN_DEVICE static MatrixAddress of_b(int32_t lane) {
-    return {static_cast<uint32_t>(
-        Layout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2 * kChunkBytes))};
+  PERMATTN_DEVICE static MatrixAddress of_b(uint32_t tile, int32_t lane) {
+    return {tile + static_cast<uint32_t>(
+                       Layout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2 * kChunkBytes))};
   }
   // `row`: a multiple of 16; `step`: of 32 bytes.
   PERMATTN_DEVICE uint32_t at(int row, int step) const {
@@ -45,15 +49,22 @@ struct Softmax {
 template <class T>
 struct QueryRows {
   uint32_t fragments[T::kQInRegisters ? T::kQkSteps : 1][T::kRowTiles][4];
-  const char* tile;
+  const char* shared;
   MatrixAddress<typename T::QLayout> address;
-  int32_t token[T::kRowTiles][2];
-  float factor[T::kRowTiles][2];  // from scores to base 2; more than 0
+  // Of the lane's rows, in shared memory.
+  const int32_t* tokens;
+  const float* factors;  // where Q K^T is quantised; else `scale` is enough
+  float scale;           // from scores to base 2; more than 0
+
+  PERMATTN_DEVICE int32_t token(int m, int half) const { return tokens[16 * m + 8 * half]; }
+  PERMATTN_DEVICE float factor(int m, int half) const {
+    return T::kQuantisedQk ? factors[16 * m + 8 * half] : scale;
+  }
 
   PERMATTN_DEVICE void read(int step, uint32_t (&a)[T::kRowTiles][4]) const {
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m) {
-      ptx::ldmatrix_x4<false>(a[m], tile + address.at(16 * m, step));
+      ptx::ldmatrix_x4<false>(a[m], shared + address.at(16 * m, step));
     }
   }
 };
@@ -64,7 +75,7 @@ template <class T>
 using FloatTile = float[T::kRowTiles][T::kKeyTiles][4];
 
 template <class T>
-PERMATTN_DEVICE void multiply_scores(const QueryRows<T>& q, const char* k_tile, int32_t lane,
+PERMATTN_DEVICE void multiply_scores(const QueryRows<T>& q, uint32_t k_tile, int32_t lane,
                                      FloatTile<T>& score) {
   ScoreTile<T> sum;
 #pragma unroll
@@ -72,9 +83,8 @@ PERMATTN_DEVICE void multiply_scores(const QueryRows<T>& q, const char* k_tile, 
 #pragma unroll
     for (int n = 0; n < T::kKeyTiles; ++n) clear(sum[m][n]);
   }
-  const auto address = MatrixAddress<typename T::KLayout>::of_b(lane);
-  // Rows of 512 bytes leave no registers for loads far ahead.
-#pragma unroll(T::kQkSteps > 8 ? 2 : T::kQkSteps)
+  const auto address = MatrixAddress<typename T::KLayout>::of_b(k_tile, lane);
+#pragma unroll(T::kUnrolledSteps)
   for (int step = 0; step < T::kQkSteps; ++step) {
     uint32_t loaded[T::kRowTiles][4];
     if constexpr (!T::kQInRegisters) q.read(step, loaded);
@@ -82,7 +92,7 @@ PERMATTN_DEVICE void multiply_scores(const QueryRows<T>& q, const char* k_tile, 
 #pragma unroll
     for (int n = 0; n < T::kKeyTiles; n += 2) {
       uint32_t b[4];
-      ptx::ldmatrix_x4<false>(b, k_tile + address.at(8 * n, step));
+      ptx::ldmatrix_x4<false>(b, q.shared + address.at(8 * n, step));
       const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m) {
@@ -128,7 +138,7 @@ PERMATTN_DEVICE void mask_scores(const QueryRows<T>& q, const int32_t* tokens, b
       const int32_t token = tokens[8 * n + 2 * at.pair + i % 2];
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m) {
-        const bool in_band = token_is_seen(static_cast<uint32_t>(q.token[m][i / 2]),
+        const bool in_band = token_is_seen(static_cast<uint32_t>(q.token(m, i / 2)),
                                            static_cast<uint32_t>(token), band);
         const bool seen = token >= 0 && (in_band || !is_partial);
         score[m][n][i] = seen ? score[m][n][i] : kMinusInfinity;
@@ -184,11 +194,11 @@ PERMATTN_DEVICE uint32_t pack(float low, float high) {
 // acc += P V in the dtype of V. P stays in registers: a fragment of C is one of A.
 template <class T>
 PERMATTN_DEVICE void add_values(const FloatTile<T>& score, const float (&factor)[T::kRowTiles][2],
-                                const float (&safe)[T::kRowTiles][2], const char* v_tile,
-                                int32_t lane, Softmax<T>& state) {
+                                const float (&safe)[T::kRowTiles][2], const char* shared,
+                                uint32_t v_tile, int32_t lane, Softmax<T>& state) {
   constexpr uint32_t kOne = T::kDtype == Dtype::kBFloat16 ? 0x3F803F80U : 0x3C003C00U;
   const uint32_t ones[2] = {kOne, kOne};
-  const auto address = MatrixAddress<typename T::VLayout>::of_a(lane);
+  const auto address = MatrixAddress<typename T::VLayout>::of_a(v_tile, lane);
 #pragma unroll
   for (int step = 0; step < T::kPvSteps; ++step) {
     uint32_t a[T::kRowTiles][4];
@@ -207,7 +217,7 @@ PERMATTN_DEVICE void add_values(const FloatTile<T>& score, const float (&factor)
 #pragma unroll
     for (int j = 0; j < T::kColumnTiles; j += 2) {
       uint32_t b[4];
-      ptx::ldmatrix_x4<true>(b, v_tile + address.at(16 * step, j / 2));
+      ptx::ldmatrix_x4<true>(b, shared + address.at(16 * step, j / 2));
       const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m) {
@@ -252,9 +262,8 @@ template <class T>
 PERMATTN_DEVICE void add_small_values(const FloatTile<T>& score,
                                       const float (&factor)[T::kRowTiles][2],
                                       const float (&top)[T::kRowTiles][2],
-                                      const float (&safe)[T::kRowTiles][2], const char* v_tile,
-                                      const float* v_scale, const LanePosition& at,
-                                      Softmax<T>& state) {
+                                      const float (&safe)[T::kRowTiles][2], const char* shared,
+                                      uint32_t v_tile, const LanePosition& at, Softmax<T>& state) {
   using Product = ValueProduct<T::kPv>;
   constexpr float kHigh = probability_high_of(T::kPv);
   constexpr float kLog2High = T::kPv == Format::kInt8   ? 7.99435344F
@@ -279,7 +288,9 @@ PERMATTN_DEVICE void add_small_values(const FloatTile<T>& score,
 #pragma unroll
     for (int i = 0; i < 4; ++i) state.total[m][i] += value_of(sum[i]) * weight[m][i / 2];
   }
-  const auto address = MatrixAddress<typename T::VLayout>::of_b(at.lane);
+  const auto* v_scale =
+      reinterpret_cast<const float*>(shared + v_tile + T::kVTileBytes) + 2 * at.pair;
+  const auto address = MatrixAddress<typename T::VLayout>::of_b(v_tile, at.lane);
 #pragma unroll
   for (int j = 0; j < T::kColumnTiles; j += 2) {
     typename Product::Sum sum[T::kRowTiles][2][4];
@@ -291,7 +302,7 @@ PERMATTN_DEVICE void add_small_values(const FloatTile<T>& score,
 #pragma unroll
     for (int step = 0; step < T::kPvSteps; ++step) {
       uint32_t b[4];
-      ptx::ldmatrix_x4<false>(b, v_tile + address.at(8 * j, step));
+      ptx::ldmatrix_x4<false>(b, shared + address.at(8 * j, step));
       const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m) {
@@ -301,8 +312,7 @@ PERMATTN_DEVICE void add_small_values(const FloatTile<T>& score,
     }
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const float* scale = v_scale + 8 * (j + k) + 2 * at.pair;
-      const float left = scale[0], right = scale[1];
+      const float left = v_scale[8 * (j + k)], right = v_scale[8 * (j + k) + 1];
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
@@ -318,7 +328,7 @@ PERMATTN_DEVICE void add_small_values(const FloatTile<T>& score,
 // Online softmax of one warp over one tile of keys in shared memory.
 template <class T>
 PERMATTN_DEVICE void attend_tile(const AttentionArgs& args, const QueryRows<T>& q,
-                                 const LaneTile<T::kBlockN>& lanes, const char* stage,
+                                 const LaneTile<T::kBlockN>& lanes, uint32_t stage,
                                  const LanePosition& at, Softmax<T>& state) {
   const PartArgs& part = args.parts[lanes.list / 2];
   FloatTile<T> score;
@@ -338,9 +348,8 @@ PERMATTN_DEVICE void attend_tile(const AttentionArgs& args, const QueryRows<T>& 
   for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // Not 0, by which a hidden score would become NaN.
       factor[m][half] =
-          T::kQuantisedQk ? fmaxf(q.factor[m][half] * tile_factor, 1e-30F) : q.factor[m][half];
+          T::kQuantisedQk ? fmaxf(q.factor(m, half) * tile_factor, kLeastFactor) : q.scale;
     }
   }
 
@@ -365,12 +374,11 @@ PERMATTN_DEVICE void attend_tile(const AttentionArgs& args, const QueryRows<T>& 
     }
   }
   shrink<T>(by, state);
-  const char* v_tile = stage + T::kKTileBytes;
+  const uint32_t v_tile = stage + T::kKTileBytes;
   if constexpr (T::kQuantisedPv) {
-    const auto* v_scale = reinterpret_cast<const float*>(v_tile + T::kVTileBytes);
-    add_small_values<T>(score, factor, top, safe, v_tile, v_scale, at, state);
+    add_small_values<T>(score, factor, top, safe, q.shared, v_tile, at, state);
   } else {
-    add_values<T>(score, factor, safe, v_tile, at.lane, state);
+    add_values<T>(score, factor, safe, q.shared, v_tile, at.lane, state);
   }
 }
 

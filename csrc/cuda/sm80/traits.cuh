@@ -37,6 +37,8 @@ struct Traits {
 
   // Steps of 32 bytes along the summed axis of either product.
   static constexpr int kQkBytes = row_bytes(kQk, kDim), kQkSteps = kQkBytes / 32;
+  // Where Q is read again there are no registers for loads far ahead.
+  static constexpr int kUnrolledSteps = kQInRegisters ? kQkSteps : kQuantisedQk ? 1 : 2;
   static constexpr int kPvSteps = kQuantisedPv ? row_bytes(kPv, kBlockN) / 32 : kBlockN / 16;
 
   using QLayout = ptx::PanelLayout<kBlockM, kQkBytes>;
@@ -46,14 +48,17 @@ struct Traits {
                                    kQuantisedPv ? row_bytes(kPv, kBlockN) : 2 * kDim>;
   using OutLayout = ptx::PanelLayout<kBlockM, 2 * kDim>;
 
-  // Tile i of the keys has lanes i % kRing and buffers i % kStages: lanes are written a tile before
-  // rows are asked for, and read until the tile is done.
-  static constexpr int kRing = kStages + 1;
+  // Tile i of the keys has lanes i % kRing and buffers i % kStages. Lanes are written two tiles
+  // before rows are asked for, and read until the tile is done.
+  static constexpr int kRing = kStages <= 2 ? 4 : 8;
+  static_assert(kRing >= kStages + 2);
 
   struct Bookkeeping {
     PartHead heads[cuda::kMaxParts];
     LaneTile<kBlockN> lanes[kRing];
     int32_t q_tokens[kBlockM];
+    float q_factors[kQuantisedQk ? kBlockM : 1];  // from scores to base 2, before k's
+    device::TokenSpan q_span;
   };
 
   static constexpr int kKTileBytes = kBlockN * kQkBytes;
@@ -70,6 +75,7 @@ struct Traits {
   static constexpr int kSharedBytes = kBookkeepingOffset + int(sizeof(Bookkeeping));
   static_assert(!kQInRegisters || kQBytes <= kStageBytes);
   static_assert(kBlockM * kDim * 2 <= kBookkeepingOffset);
+  static_assert(kKTileBytes % 1024 == 0 && kQBytes % 1024 == 0);
 };
 
 }  // namespace permattn::sm80

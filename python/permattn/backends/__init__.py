@@ -12,7 +12,7 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
-from permattn.backends import cpu, reference, triton
+from permattn.backends import cpu, cuda, reference, triton
 from permattn.core.block_mass import BlockMassArgs, BlockMassProblem, Blocks
 from permattn.core.prepare import PrepareArgs, Prepared
 from permattn.core.probe import Masses, ProbeArgs, ProbeProblem
@@ -82,8 +82,8 @@ class RegionBackend(Protocol):
 
 AnyProblem = Problem | ProbeProblem | BlockMassProblem | RegionProblem | RouteProblem
 
-BACKENDS: dict[str, Backend] = {m.NAME: m for m in (triton, cpu, reference)}
-AUTO_ORDER: tuple[str, ...] = ("triton", "cpu", "reference")
+BACKENDS: dict[str, Backend] = {m.NAME: m for m in (cuda, triton, cpu, reference)}
+AUTO_ORDER: tuple[str, ...] = ("cuda", "triton", "cpu", "reference")
 
 
 def reasons(problem: AnyProblem) -> dict[str, str | None]:

@@ -81,6 +81,7 @@ def show(question: Question, *, explain: bool, as_json: bool) -> None:
         "versions": versions(),
         "cpu": describe_cpu(),
         "cuda": describe_cuda(),
+        "cuda_kernels": describe_cuda_kernels(),
         "backends": _why_not(problem),
     }
     if explain:
@@ -141,6 +142,13 @@ def describe_cuda() -> list[dict[str, Any]]:
     return devices
 
 
+def describe_cuda_kernels() -> dict[str, Any]:
+    """CUDA code of the native library, and why none of it runs here."""
+    from permattn.backends import cuda
+
+    return cuda.describe()
+
+
 def explanation(question: Question, problem: Problem) -> dict[str, Any]:
     """The backend that auto picks, every other's reason, and work and memory of one layer."""
     why = _why_not(problem)
@@ -177,11 +185,17 @@ def _shape(question: Question, problem: Problem) -> LayerShape:
 def _why_not(problem: Problem) -> dict[str, str | None]:
     if problem.device_type == "cuda" and not torch.cuda.is_available():
         # Backends ask the device about itself.
-        return dict.fromkeys(AUTO_ORDER, "this machine has no CUDA device")
+        no_device = "this machine has no CUDA device"
+        why: dict[str, str | None] = dict.fromkeys(AUTO_ORDER, no_device)
+        return {**why, "cuda": describe_cuda_kernels()["why_not"] or no_device}
     return reasons(problem)
 
 
 def _kernel_name(backend: str | None, problem: Problem) -> str | None:
+    if backend == "cuda":
+        from permattn.backends import cuda
+
+        return cuda.kernel_name(problem)
     if backend == "cpu":
         from permattn.backends import cpu
 
@@ -224,10 +238,20 @@ def _print_machine(console: Console, report: dict[str, Any]) -> None:
     table.add_row("torch uses", cpu["torch_isa"])
     if not report["cuda"]:
         table.add_row("cuda", "no device")
+    table.add_row("cuda kernels", _cuda_kernels(report["cuda_kernels"]))
     for i, gpu in enumerate(report["cuda"]):
         gib = gpu["memory_bytes"] / 2**30
         table.add_row(f"cuda:{i}", f"{gpu['name']}, sm {gpu['capability']}, {gib:.0f} GiB")
     console.print(table)
+
+
+def _cuda_kernels(kernels: dict[str, Any]) -> str:
+    if kernels["version"] is None:
+        return f"none: {kernels['why_not']}"
+    ptx = "" if kernels["ptx"] is None else f", and newer ones as PTX {kernels['ptx']}"
+    archs = ", ".join(kernels["archs"])
+    why = "" if kernels["why_not"] is None else f"; not here: {kernels['why_not']}"
+    return f"CUDA {kernels['version']} for compute capability {archs}{ptx}{why}"
 
 
 def _print_backends(console: Console, backends: dict[str, str | None], question: Question) -> None:

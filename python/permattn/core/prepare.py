@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,19 +100,65 @@ def smoothing_of(args: FwdArgs) -> Smoothing:
     if not (quant.smooth_k or quant.balance):
         return Smoothing()
     prologue = args.prologue or Prologue()
-    batch, heads, dim = args.q.shape[0], args.k.shape[1], args.q.shape[3]
     k = _seen_rows(args.k, [p.kv_perm for p in parts], prologue.k)
     mean = k.sum(2) / k.count if quant.smooth_k else None
     if not quant.balance:
         return Smoothing(mean)
     q = _seen_rows(args.q, [p.q_perm for p in parts], prologue.q)
-    q_high = q.rows.abs().amax(2).view(batch, heads, -1, dim).amax(2)
     centred = k.rows if mean is None else torch.where(k.seen, k.rows - mean[:, :, None], 0.0)
-    k_high = centred.abs().amax(2)
+    return Smoothing(mean, *_balanced(args, q.rows.abs().amax(2), centred.abs().amax(2)))
+
+
+def _balanced(args: FwdArgs, q_high: Tensor, k_high: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the columns of k and q, out of their largest magnitudes, [B, Hq or Hkv, D]."""
+    batch, heads, dim = args.q.shape[0], args.k.shape[1], args.q.shape[3]
+    q_high = q_high.view(batch, heads, -1, dim).amax(2)
     flat = (q_high < LEAST_MAXIMUM) | (k_high < LEAST_MAXIMUM)
     k_factor = torch.where(flat, 1.0, (q_high / k_high).sqrt())
-    q_factor = (1.0 / k_factor).repeat_interleave(args.q.shape[1] // heads, 1)
-    return Smoothing(mean, k_factor, q_factor)
+    return k_factor, (1.0 / k_factor).repeat_interleave(args.q.shape[1] // heads, 1)
+
+
+ColumnStatistics = Callable[
+    [Tensor, RowTransform | None, Tensor | None], tuple[Tensor, Tensor, Tensor]
+]
+"""(x, transform, seen) -> sum, minimum and maximum of transformed columns, float32 [B, H, D], over
+the tokens of `seen` (bool [1 or B, 1 or H, S], contiguous; None = all)."""
+
+
+def smoothing_from_columns(args: FwdArgs, statistics: ColumnStatistics) -> Smoothing:
+    """`smoothing_of` for backends that read k once, and q once where columns are balanced."""
+    quant, parts = args.plan.quant, args.plan.parts
+    if not (quant.smooth_k or quant.balance):
+        return Smoothing()
+    prologue = args.prologue or Prologue()
+    seen = _seen_tokens(args.k, [p.kv_perm for p in parts])
+    total, low, high = statistics(args.k, prologue.k, seen)
+    mean = None
+    if quant.smooth_k:
+        mean = total / (
+            max(args.k.shape[2], 1) if seen is None else seen.sum(-1, keepdim=True).clamp_min(1)
+        )
+    if not quant.balance:
+        return Smoothing(mean)
+    if mean is not None:
+        low, high = low - mean, high - mean
+    k_high = torch.maximum(high, -low)
+    seen = _seen_tokens(args.q, [p.q_perm for p in parts])
+    _, low, high = statistics(args.q, prologue.q, seen)
+    return Smoothing(mean, *_balanced(args, torch.maximum(high, -low), k_high))
+
+
+def _seen_tokens(x: Tensor, perms: Sequence[Permutation]) -> Tensor | None:
+    """Tokens of x in a slot of some order, bool [1 or B, 1 or H, S]; None = all."""
+    if any(perm.is_identity for perm in perms):
+        return None
+    seen: Tensor | None = None
+    for perm in perms:
+        there = perm.slot_of_token >= 0
+        if there.shape[1] > x.shape[1]:
+            there = there.unflatten(1, (x.shape[1], -1)).any(2)
+        seen = there if seen is None else seen | there
+    return None if seen is None else seen.contiguous()
 
 
 @dataclass(frozen=True, eq=False)

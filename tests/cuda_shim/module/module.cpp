@@ -5,7 +5,9 @@
 #include "cuda/config.h"
 #include "cuda/sm80/dispatch.h"
 #include "cuda/sm80/kernel.cuh"
+#include "cuda/sm90/launch.h"
 #include "fixtures.h"
+#include "record.h"
 
 namespace py = pybind11;
 using namespace permattn;
@@ -28,9 +30,14 @@ IntView int_view(uintptr_t data, int64_t b, int64_t h, int64_t size) {
   return {pointer<const int32_t>(data), b, h, size};
 }
 
-// Runs the kernel of a config as a grid of blocks.
+// Runs the kernel of a config as a grid of blocks; those for sm_90a are recorded in its place.
 int64_t attend(const AttentionArgs& args, const Config& config) {
   int64_t shared = 0;
+  if (config.family == cuda::Family::kSm90) {
+    const char* error = sm90::launch_attend(args, config, nullptr);
+    if (error != nullptr) throw std::invalid_argument(error);
+    return sm90::shared_bytes(config, args.out_dtype);
+  }
   const char* error = sm80::visit_kernel(
       config, args.out_dtype,
       [&]<Dtype kDtype, Format kQk, Format kPv, int kDim, int kRows>(
@@ -48,6 +55,7 @@ int64_t attend(const AttentionArgs& args, const Config& config) {
 // Shared memory of the kernel of a config, without running it.
 int64_t shared_bytes(const Config& config, Dtype dtype) {
   int64_t shared = 0;
+  if (config.family == cuda::Family::kSm90) return sm90::shared_bytes(config, dtype);
   const char* error =
       sm80::visit_kernel(config, dtype,
                          [&]<Dtype kDtype, Format kQk, Format kPv, int kDim, int kRows>(
@@ -150,6 +158,8 @@ void bind_structs(py::module_& m) {
            py::arg("head_dim"), py::arg("head_dim_v"), py::arg("unit"), py::arg("block_kv"),
            py::arg("q_rows"), py::arg("kv_rows"));
   py::class_<Config>(m, "Config")
+      .def_property_readonly("is_sm90",
+                             [](const Config& c) { return c.family == cuda::Family::kSm90; })
       .def_readonly("dim", &Config::dim)
       .def_readonly("block_m", &Config::block_m)
       .def_readonly("block_n", &Config::block_n)
@@ -197,6 +207,17 @@ PYBIND11_MODULE(permattn_cuda_shim, m) {
   m.def("product", &fixtures::product);
   m.def("load_matrices", &fixtures::load_matrices);
   m.def("e4m3_bits", &shim::e4m3_bits);
+  // (kernel, blocks, threads, bytes of shared memory, parameters) of launches since the last call.
+  m.def("take_recorded", [] {
+    py::list taken;
+    for (const shim::Recorded& r : shim::recorded) {
+      taken.append(
+          py::make_tuple(r.kernel, r.blocks, r.threads, r.shared_bytes, py::bytes(r.parameters)));
+    }
+    shim::recorded.clear();
+    return taken;
+  });
+  m.def("set_processors", [](int32_t count) { shim::recorded_processors = count; });
   m.def("set_options", [](uint64_t seed, bool eager) {
     shim::options.seed = seed;
     shim::options.eager = eager;

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 import torch
 from torch import Tensor
 
 from permattn.backends.cpu.library import DTYPES, isa_number, load, why_unusable
 from permattn.core.packing import pack_plan
-from permattn.core.permutation import Permutation
 from permattn.core.plan import AttnPlan
-from permattn.core.prepare import PrepareArgs, Prepared, Smoothing, empty_prepared
+from permattn.core.prepare import (
+    PrepareArgs,
+    Prepared,
+    Smoothing,
+    empty_prepared,
+    smoothing_from_columns,
+)
 from permattn.core.probe import Masses, ProbeArgs, ProbeProblem, empty_masses
 from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out, why_not_quantised
 from permattn.core.prologue import Prologue, RowTransform, pack_prologue
-from permattn.core.quant import LEAST_MAXIMUM, QuantSpec, say_once
+from permattn.core.quant import QuantSpec, say_once
 
 MAX_HEAD_DIM = 256
 # csrc/cpu/kernels.h: kTileLanes.
@@ -119,53 +124,20 @@ def prepare(args: PrepareArgs, *, isa: str | None = None) -> Prepared:
 
 def smoothing_of(args: FwdArgs, *, isa: str | None = None) -> Smoothing:
     """`core.prepare.smoothing_of` in one reading of k, and one of q where columns are balanced."""
-    quant, parts = args.plan.quant, args.plan.parts
-    if not (quant.smooth_k or quant.balance):
-        return Smoothing()
     load()
-    prologue = args.prologue or Prologue()
-    batch, heads, dim = args.q.shape[0], args.k.shape[1], args.q.shape[3]
-    total, low, high, count = _columns(args.k, [p.kv_perm for p in parts], prologue.k, isa)
-    mean = total / count if quant.smooth_k else None
-    if not quant.balance:
-        return Smoothing(mean)
-    if mean is not None:
-        low, high = low - mean, high - mean
-    k_high = torch.maximum(high, -low)
-    _, low, high, _ = _columns(args.q, [p.q_perm for p in parts], prologue.q, isa)
-    q_high = torch.maximum(high, -low).view(batch, heads, -1, dim).amax(2)
-    flat = (q_high < LEAST_MAXIMUM) | (k_high < LEAST_MAXIMUM)
-    k_factor = torch.where(flat, 1.0, (q_high / k_high).sqrt())
-    q_factor = (1.0 / k_factor).repeat_interleave(args.q.shape[1] // heads, 1)
-    return Smoothing(mean, k_factor, q_factor)
+    return smoothing_from_columns(args, functools.partial(_columns, isa=isa))
 
 
 def _columns(
-    x: Tensor, perms: Sequence[Permutation], transform: RowTransform | None, isa: str | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum, minimum and maximum of transformed columns, [B, H, D], over the tokens in some slot, and
-    how many these are."""
-    seen = _seen_tokens(x, perms)
+    x: Tensor, transform: RowTransform | None, seen: Tensor | None, *, isa: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum, minimum and maximum of transformed columns, [B, H, D], over the tokens of `seen`."""
     shape = (x.shape[0], x.shape[1], x.shape[3])
     total, low, high = (x.new_empty(shape, dtype=torch.float32) for _ in range(3))
     torch.ops.permattn_native.cpu_column_statistics.default(
         *(x, *_packed(Prologue(transform)), seen, total, low, high, isa_number(isa))
     )
-    tokens = total.new_tensor(x.shape[2]) if seen is None else seen.sum(-1, keepdim=True)
-    return total, low, high, tokens.clamp_min(1)
-
-
-def _seen_tokens(x: Tensor, perms: Sequence[Permutation]) -> Tensor | None:
-    """bool [1 or B, 1 or H, S]; None = all."""
-    if any(perm.is_identity for perm in perms):
-        return None
-    seen: Tensor | None = None
-    for perm in perms:
-        there = perm.slot_of_token >= 0
-        if there.shape[1] > x.shape[1]:
-            there = there.unflatten(1, (x.shape[1], -1)).any(2)
-        seen = there if seen is None else seen | there
-    return None if seen is None else seen.contiguous()
+    return total, low, high
 
 
 def _packed(prologue: Prologue | None) -> tuple[list[Tensor], list[int], list[float]]:

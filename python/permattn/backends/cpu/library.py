@@ -1,35 +1,17 @@
-"""The native library: loaded on the first question, never by an import."""
+"""What the native library offers on this CPU."""
 
 from __future__ import annotations
 
 import functools
-import json
-from pathlib import Path
 
 import torch
+
+from permattn.core.native import load
 
 NAME = "cpu"
 # The numbers of csrc/common/dispatch.h.
 ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PACKAGE = Path(__file__).resolve().parents[2]
-
-
-@functools.cache
-def load() -> str | None:
-    """Loads the library once; None, or one line saying why it cannot be used."""
-    library = _PACKAGE / "_native.so"
-    if not library.exists():
-        report = _PACKAGE / "_native_build.json"
-        if report.exists():
-            reason = json.loads(report.read_text()).get("reason", "unknown reason")
-            return f"native library was not built: {reason}"
-        return "native library was not built: install permattn to build it"
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as e:
-        return f"native library does not load: {e}"
-    return None
 
 
 def why_unusable() -> str | None:

@@ -1,0 +1,4 @@
+// Attention by mma.sync: INT4 Q K^T, bfloat16.
+#include "../launch.cuh"
+
+PERMATTN_INSTANTIATE_SM80(kBFloat16, kInt4, kNone)

@@ -1,0 +1,4 @@
+// Attention by mma.sync: INT8 Q K^T, INT4 P V.
+#include "../launch.cuh"
+
+PERMATTN_INSTANTIATE_SM80(kFloat32, kInt8, kInt4)

@@ -1,0 +1,3 @@
+#include "../instantiate.cuh"
+
+PERMATTN_SM90_INSTANTIATE(kBFloat16, kNone, kNone, 64, 64)

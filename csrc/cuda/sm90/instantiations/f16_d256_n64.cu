@@ -1,0 +1,3 @@
+#include "../instantiate.cuh"
+
+PERMATTN_SM90_INSTANTIATE(kFloat16, kNone, kNone, 256, 64)

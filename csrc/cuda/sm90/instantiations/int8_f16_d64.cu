@@ -1,0 +1,3 @@
+#include "../instantiate.cuh"
+
+PERMATTN_SM90_INSTANTIATE(kFloat16, kInt8, kNone, 64, 64)

@@ -1,0 +1,3 @@
+#include "../instantiate.cuh"
+
+PERMATTN_SM90_INSTANTIATE(kFloat32, kInt8, kInt8, 128, 64)
