@@ -191,6 +191,12 @@ def fill(record: Record, outcome: Outcome) -> None:
     record.bench = list(outcome.runs)
     record.log_tail = "\n".join(outcome.log)
     record.count()
+    for section in record.sections:
+        said = section.data or {}
+        if section.name.startswith("sanitizer "):
+            record.sanitizer[section.key] = said.get("summary") or section.why
+        elif section.name == "ncu":
+            record.ncu[section.backend] = said or section.why
     device = record.section("device")
     if device is not None and isinstance(device.data, dict):
         record.library.archs = device.data["archs"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from bench import gpu_bilevel, gpu_large, gpu_rows, gpu_sections
+from bench import gpu_bilevel, gpu_large, gpu_rows, gpu_sections, gpu_tools
 from bench.gpu_suite import Job, Suite
 
 # Seconds of the whole run: the sum of the budgets that are likely to be spent stays below it.
@@ -21,6 +21,8 @@ def jobs(backends: tuple[str, ...] = BACKENDS) -> list[Job]:
         made += _triton()
     for backend in backends:
         made += _promises(backend)
+    for backend in backends:
+        made += _tools(backend)
     return made
 
 
@@ -59,6 +61,16 @@ def _promises(backend: str) -> list[Job]:
         Job("no host sync", backend, 60, gpu_sections.no_host_sync),
         Job("large", backend, 150, gpu_large.large),
     ]
+
+
+def _tools(backend: str) -> list[Job]:
+    """The kernels of Triton are compiled under the sanitizer, too: one check has to do."""
+    checks = gpu_tools.SANITIZERS if backend == "cuda" else gpu_tools.SANITIZERS[:1]
+    made = [
+        Job(f"sanitizer {check}", backend, 120, partial(gpu_tools.sanitizer, check=check))
+        for check in checks
+    ]
+    return [*made, Job("ncu", backend, 120, gpu_tools.ncu)]
 
 
 def _regions(suite: Suite) -> object:
