@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from bench import gpu_bilevel, gpu_large, gpu_rows, gpu_sections, gpu_tools
+from bench import (
+    gpu_bilevel,
+    gpu_conformance,
+    gpu_large,
+    gpu_rows,
+    gpu_sections,
+    gpu_tools,
+)
 from bench.gpu_suite import Job, Suite
 
 # Seconds of the whole run: the sum of the budgets that are likely to be spent stays below it.
@@ -14,7 +21,10 @@ BACKENDS = ("cuda", "triton")
 
 def jobs(backends: tuple[str, ...] = BACKENDS) -> list[Job]:
     """Numbers first, then size and promises, then speed."""
-    made = [Job("device", "", 90, gpu_sections.device_facts)]
+    made = [
+        Job("device", "", 90, gpu_sections.device_facts),
+        Job("conformance", "", 120, gpu_conformance.conformance),
+    ]
     if "cuda" in backends:
         made += _cuda()
     if "triton" in backends:
