@@ -85,12 +85,13 @@ def main(argv: list[str]) -> int:
     return supervise(options, chosen, argv)
 
 
+def words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def chosen_jobs(options: argparse.Namespace) -> list[Job]:
     """What --backends, --only and --skip leave of the plan."""
     from bench import gpu_plan
-
-    def words(text: str) -> list[str]:
-        return [word.strip() for word in text.split(",") if word.strip()]
 
     backends = words(options.backends)
     if unknown := sorted(set(backends) - set(gpu_plan.BACKENDS)):
@@ -120,6 +121,7 @@ def work(options: argparse.Namespace) -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     use_library(options.folder)
     suite = Suite(torch.device("cuda"), Journal(options.worker), artefacts=options.out)
+    suite.backends = tuple(words(options.backends))
     if options.rehearse:
         gpu_rehearsal.prepare(suite)
     jobs = {job.key: job for job in gpu_plan.jobs()}
@@ -154,6 +156,7 @@ def supervise(options: argparse.Namespace, jobs: list[Job], argv: list[str]) -> 
 
     command = [sys.executable, str(Path(__file__).resolve())]
     command += ["--worker", str(scratch / "journal"), "--out", str(out / record.name)]
+    command += ["--backends", options.backends]
     command += ["--rehearse"] if options.rehearse else []
     command += ["--folder", str(library.folder)] if library.folder else []
     deadline = time.monotonic() + 60 * options.minutes
@@ -186,13 +189,17 @@ def new_record(options: argparse.Namespace, argv: list[str], library: Found) -> 
 
 def fill(record: Record, outcome: Outcome) -> None:
     """Takes over what the sections found."""
+    from bench import gpu_goals
+
     record.sections = list(outcome.sections)
     record.cases = list(outcome.cases)
     record.bench = list(outcome.runs)
     record.log_tail = "\n".join(outcome.log)
     record.count()
     for section in record.sections:
-        said = section.data or {}
+        said = section.data if isinstance(section.data, dict) else {}
+        if section.name == "ceilings":
+            record.ceilings = said
         if section.name.startswith("sanitizer "):
             record.sanitizer[section.key] = said.get("summary") or section.why
         elif section.name == "ncu":
@@ -201,6 +208,7 @@ def fill(record: Record, outcome: Outcome) -> None:
     if device is not None and isinstance(device.data, dict):
         record.library.archs = device.data["archs"]
         record.library.why_not = device.data["why_not"] or ""
+    gpu_goals.complete(record)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,6 @@ def _device(run: Record) -> Iterable[str]:
             continue
         if name.startswith("prefill "):
             yield from _prefill(section.key, data)
-        elif name.startswith("paro "):
-            yield from _paro(section.key, data)
         elif name == "bilevel":
             yield from gpu_bilevel(data)
     yield "\n### Sections\n"
@@ -121,20 +119,3 @@ def _ratios(ratios: dict[str, dict[str, Any]]) -> Iterable[str]:
             sign = "at most" if goal["at_most"] else "at least"
             target = f"{sign} {goal['target']:g}{', **missed**' if missed else ''}"
         yield f"| {name} | {goal['value']:.3g} | {target} |"
-
-
-def _paro(name: str, data: dict[str, Any]) -> Iterable[str]:
-    """One layer of a video model in every format; the targets are the paper's, of bf16."""
-    yield f"\n### {name} ({data['shape']})\n"
-    yield from _ratios(data["ratios"])
-    yield (
-        "\n| run | ms | TFLOP/s | permute and quantise, ms | column statistics, ms |\n"
-        "|---|---|---|---|---|"
-    )
-    for run in (*data["ours"], *data["others"]):
-        if "why_not" in run:
-            yield f"| {run['run']} | {run['why_not']} | | | |"
-            continue
-        times = [f"{run[x]:.4g}" if x in run else "" for x in ("prepare_ms", "statistics_ms")]
-        rate = f"{run['tflops']:.1f}" if "tflops" in run else ""
-        yield "| " + " | ".join((run["run"], f"{run['ms']:.4g}", rate, *times)) + " |"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu_bilevel
+from bench import gpu_bilevel, gpu_prefill
 from bench.gpu_cases import tests_module
 from bench.gpu_suite import Skip, Suite
 
@@ -39,4 +39,5 @@ def prepare(suite: Suite) -> None:
 
     suite.rehearsal, suite.device = True, torch.device("cpu")
     suite.stand_ins = {"triton": "reference" if native.load() else "cpu"}
-    gpu_bilevel.DEVICE = suite.device
+    gpu_bilevel.DEVICE = gpu_prefill.DEVICE = suite.device
+    gpu_prefill.BUDGET_MS = 0.0

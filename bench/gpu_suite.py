@@ -62,6 +62,7 @@ class Suite:
         backend: as the record names it: "cuda", "triton", or "" for what has none.
         asked: what permattn is asked for: the backend, or what stands in for it in a rehearsal.
         deadline: of the running section, by `time.monotonic`.
+        backends: whose kernels the run is about.
         artefacts: files that come home beside the record are written there.
     """
 
@@ -72,6 +73,7 @@ class Suite:
     asked: str = ""
     section: str = ""
     artefacts: Path | None = None
+    backends: tuple[str, ...] = ("cuda", "triton")
     deadline: float = float("inf")
     stand_ins: dict[str, str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
@@ -112,15 +114,15 @@ class Suite:
         """Seconds of the section's budget."""
         return self.deadline - time.monotonic()
 
-    def why_not(self) -> str | None:
-        """Why kernels of the backend cannot run here at all; None where they can."""
-        if self.backend == "cuda":
+    def why_not(self, backend: str) -> str | None:
+        """Why kernels of a backend cannot run here at all; None where they can."""
+        if backend == "cuda":
             from permattn.backends.cuda import device
 
             if self.rehearsal and device.SHIM is None:
                 return "the kernels are not built for a CPU here"
             return device.why_not_here(self.device.type)
-        if self.backend == "triton" and not self.rehearsal and find_spec("triton") is None:
+        if backend == "triton" and not self.rehearsal and find_spec("triton") is None:
             return "triton is not installed"
         return None
 
@@ -163,7 +165,7 @@ def run_job(job: Job, suite: Suite) -> bool:
     began = time.perf_counter()
     status, why, data, goes_on = PASSED, "", None, True
     try:
-        if why_not := suite.why_not():
+        if why_not := suite.why_not(job.backend):
             raise Skip(why_not)
         data = job.call(suite)
     except Skip as reason:

@@ -1,0 +1,78 @@
+"""Times on a device: CUDA events, the L2 cache flushed, medians with their spread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+WANTED = 30
+LEAST = 3
+# A call that takes longer is sampled as often as the budget allows, and says so.
+LONG_MS = 100.0
+# More than twice any L2 cache.
+_FLUSH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds: median, tenth and ninetieth percentile, and of how many samples."""
+
+    ms: float
+    p10: float
+    p90: float
+    reps: int
+
+
+class Clock:
+    """Times calls on a device; on a CPU by the wall, for rehearsals.
+
+    Args:
+        budget_s: of one call that takes longer than LONG_MS.
+    """
+
+    def __init__(self, device: torch.device, budget_s: float = 3.0, wanted: int = WANTED) -> None:
+        self.device, self.budget_s, self.wanted = device, budget_s, wanted
+        self.flush: torch.Tensor | None = None
+
+    def __call__(self, call: Callable[[], object]) -> Times:
+        """Warmed up twice: what is compiled, is compiled in the first call."""
+        call()
+        first = self._once(call)
+        samples: list[float] = []
+        while len(samples) < self.wanted:
+            spent = sum(samples) / 1e3
+            if first > LONG_MS and len(samples) >= LEAST and spent > self.budget_s:
+                break
+            samples.append(self._once(call))
+        return times_of(samples)
+
+    def _once(self, call: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            begin = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - begin)
+        if self.flush is None:
+            self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=self.device)
+        self.flush.zero_()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop)
+
+
+def times_of(samples: list[float]) -> Times:
+    ordered = sorted(samples)
+
+    def quantile(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    return Times(statistics.median(ordered), quantile(0.1), quantile(0.9), len(ordered))
