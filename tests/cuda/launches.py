@@ -29,7 +29,8 @@ class Call:
     """One call of the kernel's host side.
 
     Args:
-        order: an order of a head's tiles, for all heads; None = the kernel's own.
+        order: an order of a head's items of work (tiles; pairs of them where `Config` says so),
+            for all heads; None = the kernel's own.
         in_slots: k and v are brought into slot order before, where they are not quantised.
         run: as `run_here`.
     """
@@ -182,9 +183,10 @@ def _launch(shim, call: Call, run, out: Tensor, lse: Tensor, state) -> None:
     unit = math.gcd(*(p.index.block_q for p in run))
     args.unit, args.tiles_per_unit = unit, -(-unit // config.block_m)
     tiles = -(-perm.num_slots // unit) * args.tiles_per_unit
-    args.num_tiles = tiles
+    args.num_tiles, args.tiles_per_item = tiles, config.tiles_per_item
     if call.order is not None:
-        first = torch.arange(batch * heads)[:, None] * tiles
+        items = -(-tiles // config.tiles_per_item)
+        first = torch.arange(batch * heads)[:, None] * items
         args.order = made.pointer((first + call.order[None]).int().contiguous())
     for part in run:
         args.add_part(_part(shim, made, call, part, config))

@@ -86,7 +86,7 @@ class Feed {
   }
 
   PERMATTN_DEVICE void feed_item(int32_t i) {
-    const bool is_shared = launch_.tiles_per_item == 1;
+    const bool is_shared = args_.tiles_per_item == 1;
     describe(i, is_shared);
     sync();
     bool has_keys = false;
