@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from kernel_cases import BRAIN, Case, drawn, expected
 from permattn import sparse_attention_with_lse
 from permattn.backends.cuda import launch
