@@ -13,18 +13,9 @@ from permattn.core.selection import pooled_blocks, strongest_of
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
-from cuda_on_cpu import on_cpu, shim_path  # noqa: F401
+from cuda_on_cpu import on_cpu, one_thread, shim_path  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("on_cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """What torch adds up here is small, and its threads would wait for those of other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("on_cpu", "one_thread")
 
 
 def ops():

@@ -6,10 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import BRAIN, CASES, HALF, SINGLE, WINDOW, Case, a_shape, dense, drawn, expected
+from kernel_cases import (
+    BRAIN,
+    CASES,
+    HALF,
+    POISONED,
+    SINGLE,
+    WINDOW,
+    Case,
+    a_shape,
+    dense,
+    drawn,
+    expected,
+)
 from launches import Call, attend
 from permattn.core import AttnPart, AttnPlan, BlockIndex, Permutation, TokenBand
-from permattn.testing import assert_within, poison_unseen, random_plan, visible_pairs
+from permattn.testing import assert_within, poison_unseen, visible_pairs
 
 # The kernel computes in 16 bits: cases of float32 run in bfloat16.
 ATTENDED = [replace(c, dtype=BRAIN if c.dtype == SINGLE else c.dtype) for c in CASES]
@@ -78,21 +90,6 @@ def test_tiles_in_any_order_give_the_same_bits(shim):
     order = torch.tensor([3, 0, 4, 1, 2])
     for a, b in zip(run(shim, case, order=order)[2], first, strict=True):
         assert torch.equal(a, b)
-
-
-def banded(**options) -> AttnPlan:
-    return random_plan(100, 120, heads=2, batch=1, density=0.5, block_q=32, block_kv=32, **options)
-
-
-POISONED = {
-    "unlisted-blocks": random_plan(100, 120, heads=2, density=0.1, block_q=32, block_kv=32),
-    "causal": banded(band=TokenBand(0)),
-    "inside-window": banded(band=TokenBand(None, -10)),
-    "window-of-two-ends": banded(band=TokenBand(-20, -5)),
-    "window-out-of-order": banded(band=WINDOW, permuted=True, holes=7),
-    "empty-band": banded(band=TokenBand(5, 5)),
-    "holes-among-queries": banded(permuted=True, holes=40, band=TokenBand(-8, -1)),
-}
 
 
 @pytest.mark.parametrize("plan", POISONED.values(), ids=list(POISONED))
