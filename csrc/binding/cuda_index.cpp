@@ -2,6 +2,7 @@
 #include "../cuda/index/index.h"
 
 #include "cuda_common.h"
+#include "probe.h"
 
 namespace permattn::binding {
 namespace {
@@ -67,22 +68,24 @@ void cuda_transpose(const Tensor& kv_indices, const Tensor& row_offsets, const T
   raise(cuda::launch_transpose(p, launcher.stream()), "cuda_transpose");
 }
 
-constexpr size_t kOrderHeader = 5;
+constexpr size_t kOrderHeader = 6;
 constexpr size_t kOrderIntsPerPart = 3;
 
-// `row_offsets` of every part; ints: B, Hq, tiles of a head, tiles of a unit, unit, and by part
-// block_q, block_kv, slots of keys. `order` is what cuda_attend takes.
+// `row_offsets` of every part; ints: B, Hq, tiles of a head, tiles of a unit, tiles of an item,
+// unit, and by part block_q, block_kv, slots of keys. `order` is what cuda_attend takes.
 void cuda_order(std::vector<Tensor> row_offsets, std::vector<int64_t> ints, const Tensor& order) {
   const size_t num_parts = row_offsets.size();
   STD_TORCH_CHECK(num_parts >= 1 && num_parts <= cuda::kMaxParts &&
                       ints.size() == kOrderHeader + num_parts * kOrderIntsPerPart,
-                  "cuda_order: wants 1 to 4 parts of 3 integers after 5 integers");
+                  "cuda_order: wants 1 to 4 parts of 3 integers after 6 integers");
   cuda::AttentionArgs args{};
   args.batch = narrow(ints[0], 0, "B");
   args.q_heads = narrow(ints[1], 0, "Hq");
   args.num_tiles = narrow(ints[2], 0, "tiles");
   args.tiles_per_unit = narrow(ints[3], 1, "tiles of a unit");
-  args.unit = narrow(ints[4], 1, "unit");
+  args.tiles_per_item = narrow(ints[4], 1, "tiles of an item");
+  STD_TORCH_CHECK(args.tiles_per_item <= 2, "tiles of an item: wants 1 or 2, got ", ints[4]);
+  args.unit = narrow(ints[5], 1, "unit");
   args.num_parts = static_cast<int32_t>(num_parts);
   // The first slot of the last unit.
   const int64_t last = static_cast<int64_t>((args.num_tiles - 1) / args.tiles_per_unit) * args.unit;
@@ -177,11 +180,41 @@ void cuda_strongest(const Tensor& scores, std::optional<Tensor> stop, std::optio
   raise(cuda::launch_strongest(p, launcher.stream()), "cuda_strongest");
 }
 
+// q holds up to 64 rows of `all_rows`; diagonal is zeros on entry.
+void cuda_probe(const Tensor& q, const Tensor& k, const Tensor& first_position,
+                const Tensor& first_coordinate, const Tensor& key_range,
+                std::optional<Tensor> order, std::optional<Tensor> skip, bool lse_is_given,
+                int64_t all_rows, const Tensor& lse, const Tensor& column, const Tensor& square,
+                const Tensor& diagonal) {
+  constexpr int64_t kMostRows = 64;
+  const ProbeTensors x{q,         k,      first_position, first_coordinate,
+                       key_range, order,  skip,           lse_is_given,
+                       lse,       column, square,         diagonal};
+  ProbeParams p = probe_params_of(x, kMostRows);
+  STD_TORCH_CHECK(all_rows >= p.rows, "all_rows: wants at least ", p.rows, ", got ", all_rows);
+  p.q = aligned_view_of(q, q, "q", p.batch, p.q_heads, p.rows, p.head_dim);
+  p.k = aligned_view_of(k, q, "k", p.batch, p.kv_heads, p.skv, p.head_dim);
+  for (const Tensor* at : {&first_position, &first_coordinate, &key_range}) {
+    check_device(*at, q, "first_position, first_coordinate, key_range");
+  }
+  for (const std::optional<Tensor>* at : {&order, &skip}) {
+    if (at->has_value()) check_device(**at, q, "order, skip");
+  }
+  for (const Tensor* at : {&lse, &column, &square, &diagonal}) check_device(*at, q, "results");
+  if (p.batch * p.q_heads == 0) return;
+  const Launcher launcher(q);
+  const std::vector<int64_t> size = {cuda::probe_scratch(p)};
+  Tensor scratch = torch::stable::new_empty(lse, size, ScalarType::Float);
+  raise(cuda::launch_probe(p, all_rows, static_cast<float*>(scratch.data_ptr()), launcher.stream()),
+        "cuda_probe");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(permattn_native, PERMATTN_CUDA_KEY, m) {
   m.impl("cuda_compact", TORCH_BOX(&cuda_compact));
   m.impl("cuda_transpose", TORCH_BOX(&cuda_transpose));
+  m.impl("cuda_probe", TORCH_BOX(&cuda_probe));
   m.impl("cuda_order", TORCH_BOX(&cuda_order));
   m.impl("cuda_pool", TORCH_BOX(&cuda_pool));
   m.impl("cuda_scores", TORCH_BOX(&cuda_scores));

@@ -50,12 +50,6 @@ CASES = [
         )
         for qk, pv in PAIRS
     ),
-    *(
-        QuantCase(f"d128-{qk}-{pv}", causal, dim=128, dim_v=128, dtype=HALF, spec=spec(*x))
-        for x in PAIRS
-        for qk, pv in [x]
-        if x != ("int4", "none")
-    ),
     QuantCase(
         "int8-none-tiles-of-128-queries",
         drawn(260, 260, block_q=128, block_kv=64, band=TokenBand(0)),

@@ -39,8 +39,8 @@ struct TransposeParams {
 int64_t transpose_scratch(const TransposeParams& params);
 const char* launch_transpose(const TransposeParams& params, void* stream);
 
-// AttentionArgs::order: tiles by the keys that their lists hold, the longest first, equals in order
-// of number. Reads batch, q_heads, tiles and parts of the args.
+// AttentionArgs::order: items by the keys that the lists of their tiles hold, the longest first,
+// equals in order of number. Reads batch, q_heads, tiles and parts of the args.
 int64_t order_scratch(const AttentionArgs& args);  // words
 const char* launch_order(const AttentionArgs& args, int32_t* order, uint32_t* scratch,
                          void* stream);
@@ -81,5 +81,10 @@ struct StrongestParams {
   int32_t* chosen;  // [heads, rows, count], ascending, -1 past the last
 };
 const char* launch_strongest(const StrongestParams& params, void* stream);
+
+// core.probe.ProbeMass over up to 64 rows, in bfloat16 or float16: lse (where it is not given),
+// column, square and diagonal, divided by `all_rows` where several launches add up.
+int64_t probe_scratch(const ProbeParams& params);  // floats
+const char* launch_probe(const ProbeParams& params, int64_t all_rows, float* scratch, void* stream);
 
 }  // namespace permattn::cuda
