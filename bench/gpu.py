@@ -14,6 +14,7 @@ import shlex
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", default="", help="sections by a part of their name, ',' between")
     made.add_argument("--skip", default="", help="sections to leave out, likewise")
     made.add_argument("--minutes", type=float, default=24.0, help="of the whole run (default: 24)")
+    made.add_argument(
+        "--more", type=Path, help="a record of this tree, library and device to go on with"
+    )
     made.add_argument("--out", type=Path, help="folder of the record (default: bench/results/gpu)")
     made.add_argument("--commit", default="", help="of this tree, where it is no checkout")
     made.add_argument("--list", action="store_true", help="print the sections, run nothing")
@@ -146,11 +150,15 @@ def supervise(options: argparse.Namespace, jobs: list[Job], argv: list[str]) -> 
     scratch = Path(tempfile.mkdtemp(prefix="permattn-gpu-"))
     out = options.out or (scratch if options.rehearse else gpu_record.RECORDS)
     record = new_record(options, argv, library)
-    record.clocks["before"] = "none" if options.rehearse else smi(CLOCKS)
+    if options.more is not None:
+        record = continued(record, options.more)
+        jobs = [job for job in jobs if record.section(job.key) is None]
+    record.clocks.setdefault("before", "none" if options.rehearse else smi(CLOCKS))
+    earlier = replace(record)
 
     def keep(outcome: Outcome) -> None:
         """After each section, so that an interrupted run keeps what it has."""
-        fill(record, outcome)
+        fill(record, earlier, outcome)
         record.clocks["after"] = "none" if options.rehearse else smi(CLOCKS)
         gpu_record.write(record, out)
 
@@ -187,13 +195,28 @@ def new_record(options: argparse.Namespace, argv: list[str], library: Found) -> 
     )
 
 
-def fill(record: Record, outcome: Outcome) -> None:
-    """Takes over what the sections found."""
+def continued(record: Record, path: Path) -> Record:
+    """The earlier record of that file, for more sections; what ran out of time runs again."""
+    from bench import gpu_record
+
+    earlier = gpu_record.read(path)
+    for name in ("device", "kernels", "rehearsal"):
+        if getattr(earlier, name) != getattr(record, name):
+            parser().error(f"--more: {path.name} is of another {name}")
+    if earlier.library.so_sha256 != record.library.so_sha256:
+        parser().error(f"--more: {path.name} is of another native library")
+    earlier.argv += f"; {record.argv}"
+    earlier.sections = [s for s in earlier.sections if s.why != gpu_record.NO_TIME]
+    return earlier
+
+
+def fill(record: Record, earlier: Record, outcome: Outcome) -> None:
+    """Adds what the sections found to what an earlier run had."""
     from bench import gpu_goals
 
-    record.sections = list(outcome.sections)
-    record.cases = list(outcome.cases)
-    record.bench = list(outcome.runs)
+    record.sections = [*earlier.sections, *outcome.sections]
+    record.cases = [*earlier.cases, *outcome.cases]
+    record.bench = [*earlier.bench, *outcome.runs]
     record.log_tail = "\n".join(outcome.log)
     record.count()
     for section in record.sections:

@@ -88,24 +88,38 @@ def played(suite: Suite, family: str) -> int | None:
         if (major, minor) != (9, 0):
             raise Skip(f"needs compute capability 9.0, got {major}.{minor}")
         return None
-    return 80 if (major, minor) == (9, 0) else None
+    if (major, minor) != (9, 0):
+        return None
+    from permattn.backends.cuda import device
+
+    if why := device.why_no_code(80, device.holds()):
+        raise Skip(why)
+    return 80
 
 
-def attention_cases(backend: str) -> list[Any]:
-    """Plans and tensors of the kernels' tests (tests/triton/kernel_cases.py and those of sm80)."""
+def attention_cases(backend: str, family: str = "") -> list[Any]:
+    """Plans and tensors of the kernels' tests, and a call of every kernel of a family."""
     if backend == "triton":
         return list(tests_module("kernel_cases").CASES)
-    made = tests_module("test_sm80_backend")
-    return [*made.ATTENDED, *tests_module("test_sm80").MORE]
+    made = tests_module("test_sm80")
+    return [*made.ATTENDED, *made.MORE, *_of_every_kernel(family, quantised=False)]
 
 
-def quantised_cases(backend: str, capability: int) -> list[Any]:
+def quantised_cases(backend: str, family: str = "", capability: int = 0) -> list[Any]:
     """The same of formats; where the kernels have four bits only before 9.0, without those."""
     if backend == "triton":
         return list(tests_module("quantised_cases").CASES)
     found = [*tests_module("test_sm80_backend").SMALL, *tests_module("test_sm80_quantised").CASES]
+    found += _of_every_kernel(family, quantised=True)
     unlike = {"int4"} if capability >= 90 else set()
     return [c for c in found if not unlike & {c.spec.qk, c.spec.pv}]
+
+
+def _of_every_kernel(family: str, *, quantised: bool) -> list[Any]:
+    made = tests_module("test_every_kernel")
+    kernels = made.for_wgmma() if family == "sm90" else made.for_mma()
+    # Nothing is launched here: the capability is that of the call which is left aside.
+    return [k.call(89)[0] for k in kernels if (k.qk != "none") == quantised]
 
 
 def longer_cases(backend: str) -> list[tuple[str, Tensor, Tensor, Tensor, AttnPlan]]:

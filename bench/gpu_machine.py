@@ -21,7 +21,7 @@ _TOOLKITS = (
     "/usr/local/cuda/compute-sanitizer",
     "/opt/nvidia/nsight-compute",
 )
-CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_throttle_reasons.active"
+CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
 LIBRARY, REPORT = "_native.so", "_native_build.json"
 
 

@@ -51,18 +51,20 @@ def jobs(backends: Sequence[str] = BACKENDS) -> list[Job]:
 
 
 def _cuda() -> list[Job]:
-    families = ("sm90", "sm80")
+    by_family = {
+        "attention": gpu_sections.attention,
+        "poison": gpu_sections.poison,
+        "quantised": gpu_sections.quantised,
+    }
     return [
         *(
-            Job(f"attention {x}", "cuda", 120, partial(gpu_sections.attention, family=x))
-            for x in families
-        ),
-        *(
-            Job(f"quantised {x}", "cuda", 120, partial(gpu_sections.quantised, family=x))
-            for x in families
+            Job(f"{name} {family}", "cuda", 120, partial(call, family=family))
+            for name, call in by_family.items()
+            for family in ("sm90", "sm80")
         ),
         Job("rows", "cuda", 90, gpu_rows.rows),
         Job("lists", "cuda", 60, gpu_rows.lists),
+        Job("probe", "cuda", 60, gpu_sections.probe),
     ]
 
 
@@ -70,6 +72,8 @@ def _triton() -> list[Job]:
     return [
         Job("attention", "triton", 240, gpu_sections.attention),
         Job("quantised", "triton", 180, gpu_sections.quantised),
+        Job("poison", "triton", 90, gpu_sections.poison),
+        Job("probe", "triton", 120, gpu_sections.probe),
         Job("gradients", "triton", 90, gpu_sections.gradients),
         Job("rows", "triton", 90, gpu_rows.rows),
         Job("regions", "triton", 120, _regions),

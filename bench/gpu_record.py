@@ -18,6 +18,8 @@ SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "results" / "gpu"
 PASSED, FAILED, SKIPPED, TIMED_OUT = "passed", "failed", "skipped", "timed out"
+# Why a section did not begin.
+NO_TIME = "the time of the whole run was over"
 
 
 @dataclass
@@ -200,6 +202,27 @@ def write(record: Record, folder: Path) -> Path:
     return path
 
 
+def read(path: Path) -> Record:
+    """A record of that file as the suite wrote it, to go on with: its types are not checked.
+
+    Raises:
+        ValueError: the schema is another one.
+    """
+    data = _data(path)
+    parts = {"sections": Section, "cases": Case, "bench": Run, "goals": Goal}
+    for name, part in parts.items():
+        data[name] = [part(**x) for x in data[name]]
+    library, suite = Library(**data.pop("library")), Counts(**data.pop("suite"))
+    return Record(**data, library=library, suite=suite)
+
+
+def _data(path: Path) -> dict[str, Any]:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"{path.name}: wants schema {SCHEMA}, got {data.get('schema')!r}")
+    return data
+
+
 def load(path: Path) -> Record:
     """A record of that file.
 
@@ -208,9 +231,7 @@ def load(path: Path) -> Record:
     """
     from pydantic import ConfigDict, TypeAdapter
 
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if data.get("schema") != SCHEMA:
-        raise ValueError(f"{path.name}: wants schema {SCHEMA}, got {data.get('schema')!r}")
+    data = _data(path)
     for part in (Record, Library, Section, Case, Run, Goal, Counts):
         # Where pydantic looks for a dataclass's rules.
         setattr(part, "__pydantic_config__", ConfigDict(extra="forbid"))  # noqa: B010

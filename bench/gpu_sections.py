@@ -54,7 +54,7 @@ def device_facts(suite: Suite) -> dict[str, Any]:
 def attention(suite: Suite, family: str = "") -> None:
     """Every case of the tests, and longer ones, forward, against float64."""
     capability = played(suite, family) if family else None
-    cases: list[Any] = attention_cases(suite.backend)
+    cases: list[Any] = attention_cases(suite.backend, family)
     longer = longer_cases(suite.backend)
     if suite.rehearsal:
         cases, longer = cases[::_FEW], longer[2:3]
@@ -90,7 +90,7 @@ def quantised(suite: Suite, family: str = "") -> None:
     capability = played(suite, family) if family else None
     here = 0 if suite.rehearsal else 10 * torch.cuda.get_device_capability()[0]
     module = BACKENDS[suite.asked]
-    cases = quantised_cases(suite.backend, here)
+    cases = quantised_cases(suite.backend, family, here)
     for case in cases[::_FEW] if suite.rehearsal else cases:
 
         def one(case: Any = case) -> tuple[float, float]:
@@ -106,6 +106,44 @@ def quantised(suite: Suite, family: str = "") -> None:
                 suite.check(str(case), one)
     if not suite.num_cases:
         raise AssertionError("no case has a kernel")
+
+
+def poison(suite: Suite, family: str = "") -> None:
+    """NaN in keys and values that no query may see changes no bit."""
+    capability = played(suite, family) if family else None
+    for name, plan in tests_module("kernel_cases").POISONED.items():
+        shape = (1, 2, plan.num_q_tokens, 64), (1, 1, plan.num_kv_tokens, 64)
+        q, k, v = draw(torch.bfloat16, *shape)
+        seen = (testing.visible_pairs(plan, 1, 2) > 0).any(2).any(1, keepdim=True)
+        dirty = [testing.poison_unseen(x, seen) for x in (k, v)]
+
+        def off(
+            q: Tensor = q, plan: AttnPlan = plan, pairs: Any = ((k, v), dirty)
+        ) -> tuple[float, float]:
+            found = []
+            for keys, values in pairs:
+                a, b, c = (x.to(suite.device) for x in (q, keys, values))
+                there = plan.to(suite.device)
+                found.append(sparse_attention_with_lse(a, b, c, there, backend=suite.asked))
+            return float(sum(int((x != y).sum()) for x, y in zip(*found, strict=True))), 0.0
+
+        with playing(capability):
+            suite.check(name, off)
+
+
+def probe(suite: Suite) -> None:
+    """Every case of the online probe, against float64."""
+    cases = tests_module("probe_cases")
+    found = [*cases.CASES, *cases.LONG]
+    if suite.backend == "cuda":
+        found = tests_module("test_cuda_probe").PROBED
+    for case in found[::_FEW] if suite.rehearsal else found:
+
+        def fine(case: Any = case) -> tuple[float, float]:
+            cases.check_case(case, suite.asked, str(suite.device))
+            return 0.0, 0.0
+
+        suite.check(str(case), fine)
 
 
 def gradients(suite: Suite) -> None:

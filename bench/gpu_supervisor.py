@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from bench.gpu_record import FAILED, SKIPPED, TIMED_OUT, Case, Run, Section
+from bench.gpu_record import FAILED, NO_TIME, SKIPPED, TIMED_OUT, Case, Run, Section
 from bench.gpu_suite import Job, Journal
 
 _LOG_LINES = 60
@@ -54,7 +54,7 @@ class Supervisor:
         while pending := self._pending():
             if time.monotonic() > self.deadline:
                 for job in pending:
-                    self._end(job, SKIPPED, "the time of the whole run was over")
+                    self._end(job, SKIPPED, NO_TIME)
                 break
             self._one_worker(pending)
         return self.outcome
@@ -79,15 +79,16 @@ class Supervisor:
         reader = threading.Thread(target=self._tee, args=(worker,), daemon=True)
         reader.start()
         stopped = ""
-        while worker.poll() is None:
-            time.sleep(_POLL_S)
-            self._follow()
-            stopped = self._why_stop(pending)
-            if stopped:
+        try:
+            while worker.poll() is None and not stopped:
+                time.sleep(_POLL_S)
+                self._follow()
+                stopped = self._why_stop(pending)
+        finally:
+            if worker.poll() is None:
                 # Its children too: a profiler or a sanitizer would keep the device.
                 os.killpg(worker.pid, signal.SIGKILL)
-                break
-        worker.wait()
+            worker.wait()
         reader.join(timeout=5)
         self._follow()
         self._account(pending, worker.returncode, stopped)
@@ -95,7 +96,7 @@ class Supervisor:
     def _why_stop(self, pending: Sequence[Job]) -> str:
         now = time.monotonic()
         if self._begun is None:
-            return "the time of the whole run was over" if now > self.deadline + 60 else ""
+            return NO_TIME if now > self.deadline + 60 else ""
         budget = next(job.budget_s for job in pending if job.key == self._begun[0])
         if now > self._begun[1] + budget:
             return f"took more than {budget:g} s"

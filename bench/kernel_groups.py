@@ -7,6 +7,8 @@ that of the tree, the kernel has changed since.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 COVERED = ("csrc/cuda", "triton_kernels")
 SOURCES = frozenset({".py", ".h", ".cpp", ".inl", ".cu", ".cuh"})
 
-_CUDA = ("csrc/cuda/primitives/*", "csrc/common/host_device.h", "csrc/binding/cuda_common.h")
-_CUDA_ATTENTION = (
-    *_CUDA,
-    *("csrc/cuda/*.h", "csrc/cuda/*.cpp", "csrc/cuda/device/*", "csrc/binding/cuda_attend.cpp"),
-    *("csrc/common/params.h", "csrc/common/quant.h", "csrc/common/token_rule.h"),
-)
-_TRITON = tuple(f"triton_kernels/{x}.py" for x in ("__init__", "config", "launch", "token_rule"))
+_INCLUDE = re.compile(r'^\s*#\s*include "([^"]+)"', re.MULTILINE)
+_IMPORT = re.compile(r"permattn\.triton_kernels(?:\.(\w+)|\s+import\s+(\w+))")
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Group:
     """Kernels of common sources.
 
     Args:
-        globs: below the root of the tree.
+        globs: below the root of the tree; what these files include or import counts, too.
         proofs: sections of the GPU suite, by their key; all of them have to pass.
     """
 
@@ -38,7 +35,14 @@ class Group:
     proofs: tuple[str, ...]
 
     def files(self, root: Path = ROOT) -> list[Path]:
-        found = {p for glob in self.globs for p in root.glob(glob) if p.suffix in SOURCES}
+        """Those of the globs, and everything that they reach."""
+        open_ = [p for glob in self.globs for p in root.glob(glob) if p.suffix in SOURCES]
+        found: set[Path] = set()
+        while open_:
+            path = open_.pop()
+            if path not in found:
+                found.add(path)
+                open_ += needed_by(path, root)
         return sorted(found)
 
     def sha256(self, root: Path = ROOT) -> str:
@@ -50,61 +54,64 @@ class Group:
         return made.hexdigest()[:16]
 
 
+def needed_by(path: Path, root: Path) -> list[Path]:
+    """Files of the tree that a source includes, or the kernel modules that it imports."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        names = {a or b for a, b in _IMPORT.findall(text)} - {""}
+        found = [root / "triton_kernels" / f"{name}.py" for name in names]
+    else:
+        places = (path.parent, root / "csrc")
+        found = [folder / name for name in _INCLUDE.findall(text) for folder in places]
+    return [Path(os.path.normpath(p)) for p in found if p.is_file()]
+
+
 GROUPS = (
     Group(
         "CUDA C++ attention, wgmma (sm90)",
-        (*_CUDA_ATTENTION, "csrc/cuda/sm90/**/*"),
-        ("cuda attention sm90", "cuda quantised sm90"),
+        (
+            "csrc/cuda/sm90/**/*",
+            "csrc/cuda/*",
+            "csrc/cuda/device/*",
+            "csrc/binding/cuda_attend.cpp",
+        ),
+        ("cuda attention sm90", "cuda poison sm90", "cuda quantised sm90"),
     ),
     Group(
         "CUDA C++ attention, mma.sync (sm80)",
-        (*_CUDA_ATTENTION, "csrc/cuda/sm80/**/*"),
-        ("cuda attention sm80", "cuda quantised sm80"),
+        ("csrc/cuda/sm80/**/*", "csrc/cuda/*", "csrc/binding/cuda_attend.cpp"),
+        ("cuda attention sm80", "cuda poison sm80", "cuda quantised sm80"),
     ),
     Group(
         "CUDA C++ rows made ready",
-        (
-            *_CUDA,
-            *("csrc/cuda/permute/**/*", "csrc/binding/cuda_prepare.cpp"),
-            *("csrc/common/quant.h", "csrc/common/params.h"),
-        ),
+        ("csrc/cuda/permute/**/*", "csrc/binding/cuda_prepare.cpp"),
         ("cuda rows",),
     ),
-    Group(
-        "CUDA C++ lists of blocks",
-        (
-            *_CUDA,
-            *("csrc/cuda/index/**/*", "csrc/binding/cuda_index.cpp"),
-            *("csrc/cuda/permute/row_reader.cuh", "csrc/cuda/permute/warp.cuh"),
-        ),
-        ("cuda lists",),
-    ),
+    Group("CUDA C++ lists of blocks", ("csrc/cuda/index/[!p]*",), ("cuda lists",)),
+    Group("CUDA C++ probe", ("csrc/cuda/index/probe*",), ("cuda probe",)),
     Group(
         "Triton forward",
-        (*_TRITON, "triton_kernels/fwd.py", "triton_kernels/launch_forward.py"),
-        ("triton attention",),
+        ("triton_kernels/fwd.py", "triton_kernels/launch*.py", "triton_kernels/__init__.py"),
+        ("triton attention", "triton poison"),
     ),
     Group(
         "Triton backward",
-        (*_TRITON, "triton_kernels/bwd*.py"),
+        ("triton_kernels/bwd*.py", "triton_kernels/launch.py"),
         ("triton gradients", "triton test suite"),
     ),
     Group(
         "Triton quantised, rows made ready",
-        (
-            *(*_TRITON, "triton_kernels/launch_forward.py"),
-            *(f"triton_kernels/{x}.py" for x in ("quantised", "prepare", "rounding")),
-        ),
+        tuple(f"triton_kernels/{x}.py" for x in ("quantised", "prepare", "launch_forward")),
         ("triton quantised", "triton rows"),
     ),
     Group(
         "Triton probe, block masses",
-        (*_TRITON, "triton_kernels/probe.py", "triton_kernels/block_mass.py"),
-        ("triton test suite",),
+        ("triton_kernels/probe.py", "triton_kernels/block_mass.py"),
+        ("triton probe", "triton test suite"),
     ),
     Group(
         "Triton regions, routing",
-        (*_TRITON, "triton_kernels/regions_*.py", "triton_kernels/route.py"),
+        ("triton_kernels/regions_*.py", "triton_kernels/route.py"),
         ("triton regions", "triton test suite"),
     ),
 )

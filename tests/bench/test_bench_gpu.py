@@ -243,3 +243,28 @@ def test_a_wrong_kernel_fails_its_sections(monkeypatch, tmp_path):
     gpu_suite.run_job(jobs["triton attention"], made)
     assert made.journal.read()[-1]["status"] == "failed"
     assert "wrong" in made.journal.read()[-1]["why"]
+
+
+def rehearsed(*words: str) -> int:
+    return gpu.main(["--rehearse", "--backends", "triton", *words])
+
+
+def test_a_record_is_gone_on_with(tmp_path, capsys):
+    """What ran is kept, what did not have its time runs; another tree's record is refused."""
+    first, both = ("--only", "ceilings"), ("--only", "ceilings,determinism")
+    assert rehearsed(*first, "--out", str(tmp_path)) == 0
+    (path,) = tmp_path.glob("*.json")
+    made = gpu_record.read(path)
+    made.sections.append(
+        gpu_record.Section("determinism", "triton", "skipped", gpu_record.NO_TIME, 0.0, 60.0)
+    )
+    gpu_record.write(made, tmp_path)
+    assert rehearsed(*both, "--out", str(tmp_path), "--more", str(path)) == 0
+    found = gpu_record.load(path)
+    assert [s.key for s in found.sections] == ["ceilings", "triton determinism"]
+    assert {s.status for s in found.sections} == {"passed"}
+    assert found.ceilings == made.sections[0].data
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kernels": {}}))
+    with pytest.raises(SystemExit):
+        rehearsed(*both, "--more", str(path))
+    assert "is of another kernels" in capsys.readouterr().err
