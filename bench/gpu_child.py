@@ -61,10 +61,12 @@ def small(backend: str, device: torch.device) -> None:
 def families(backend: str, device: torch.device) -> list[int | None]:
     """The capabilities to play: on 9.0, where kernels of two families run, both."""
     import torch
+    from permattn.backends.cuda import device as library
 
-    if backend != "cuda" or device.type != "cuda":
+    if backend != "cuda" or device.type != "cuda" or library.load_kernels() is not None:
         return [None]
-    return [None, 80] if torch.cuda.get_device_capability() == (9, 0) else [None]
+    both = torch.cuda.get_device_capability() == (9, 0)
+    return [None, 80] if both and library.why_no_code(80, library.holds()) is None else [None]
 
 
 def _launches(backend: str, device: torch.device) -> None:

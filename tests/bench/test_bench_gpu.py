@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from bench import (
     gpu_record,
     gpu_sections,
     gpu_suite,
+    gpu_supervisor,
     kernel_groups,
 )
 from bench.pages import performance_page
@@ -188,7 +190,7 @@ def test_kernels_of_a_wheel_are_taken_out_of_it(tmp_path):
 
 FAST = (
     "device,conformance,attention,quantised,rows,lists,gradients,determinism,no host sync,large,"
-    "triton paro,ceilings,shape b,shape d,shape e-4k,bilevel"
+    "triton paro,ceilings,shape b,shape d,shape e-4k"
 )
 
 
@@ -245,26 +247,29 @@ def test_a_wrong_kernel_fails_its_sections(monkeypatch, tmp_path):
     assert "wrong" in made.journal.read()[-1]["why"]
 
 
-def rehearsed(*words: str) -> int:
-    return gpu.main(["--rehearse", "--backends", "triton", *words])
-
-
 def test_a_record_is_gone_on_with(tmp_path, capsys):
-    """What ran is kept, what did not have its time runs; another tree's record is refused."""
-    first, both = ("--only", "ceilings"), ("--only", "ceilings,determinism")
-    assert rehearsed(*first, "--out", str(tmp_path)) == 0
-    (path,) = tmp_path.glob("*.json")
-    made = gpu_record.read(path)
-    made.sections.append(
-        gpu_record.Section("determinism", "triton", "skipped", gpu_record.NO_TIME, 0.0, 60.0)
-    )
-    gpu_record.write(made, tmp_path)
-    assert rehearsed(*both, "--out", str(tmp_path), "--more", str(path)) == 0
-    found = gpu_record.load(path)
-    assert [s.key for s in found.sections] == ["ceilings", "triton determinism"]
-    assert {s.status for s in found.sections} == {"passed"}
-    assert found.ceilings == made.sections[0].data
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"kernels": {}}))
-    with pytest.raises(SystemExit):
-        rehearsed(*both, "--more", str(path))
-    assert "is of another kernels" in capsys.readouterr().err
+    """What ran is kept, what did not have its time runs again; another tree's record is refused."""
+
+    def section(name: str, status: str = "passed", why: str = "") -> gpu_record.Section:
+        return gpu_record.Section(name, "triton", status, why, 1.0, 60.0)
+
+    options = gpu.parser().parse_args(["--rehearse"])
+    library = gpu_machine.Found(None, "abc")
+    record = gpu.new_record(options, ["--first"], library)
+    done = [section("rows"), section("poison", "timed out", "took more than 1 s")]
+    record.sections = [*done, section("large", "skipped", gpu_record.NO_TIME)]
+    path = gpu_record.write(record, tmp_path)
+    again = gpu.new_record(options, ["--more", "x"], library)
+    found = gpu.continued(again, path)
+    assert found.sections == done and found.argv == "--first; --more x"
+    outcome = gpu_supervisor.Outcome([section("large")])
+    gpu.fill(found, replace(found), outcome)
+    assert [s.name for s in found.sections] == ["rows", "poison", "large"]
+    assert found.suite.passed == 2 and found.suite.failed == ["triton poison"]
+    for other, what in (
+        (gpu.new_record(options, [], gpu_machine.Found(None, "def")), "native library"),
+        (replace(again, kernels={}), "kernels"),
+    ):
+        with pytest.raises(SystemExit):
+            gpu.continued(other, path)
+        assert f"is of another {what}" in capsys.readouterr().err
