@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,12 +19,14 @@ _FLUSH_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds: median, tenth and ninetieth percentile, and of how many samples."""
+    """Milliseconds: median, tenth and ninetieth percentile, of how many samples; the first call,
+    which may compile, apart."""
 
     ms: float
     p10: float
     p90: float
     reps: int
+    first_ms: float = 0.0
 
 
 class Clock:
@@ -40,7 +42,10 @@ class Clock:
 
     def __call__(self, call: Callable[[], object]) -> Times:
         """Warmed up twice: what is compiled, is compiled in the first call."""
+        begin = time.perf_counter()
         call()
+        self._wait()
+        first_ms = 1e3 * (time.perf_counter() - begin)
         first = self._once(call)
         samples: list[float] = []
         while len(samples) < self.wanted:
@@ -48,7 +53,11 @@ class Clock:
             if first > LONG_MS and len(samples) >= LEAST and spent > self.budget_s:
                 break
             samples.append(self._once(call))
-        return times_of(samples)
+        return replace(times_of(samples), first_ms=first_ms)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _once(self, call: Callable[[], object]) -> float:
         if self.device.type != "cuda":

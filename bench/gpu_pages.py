@@ -66,10 +66,10 @@ def _runs(run: Record) -> Iterable[str]:
             f"{ceilings.get('nominal') or 'not known here'}. Rates are those of listed blocks.\n"
         )
     yield (
-        "| shape | listed | block | run | operands | item | ms (p10 to p90) | samples | TFLOP/s "
-        "| of best dense | of datasheet | of matrix product |"
+        "| shape | listed | block | run | operands | item | ms (p10 to p90) | samples "
+        "| first call, ms | TFLOP/s | of best dense | of datasheet | of matrix product |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|" + 13 * "---|"
     for x in run.bench:
         yield _run_row(x)
 
@@ -81,12 +81,13 @@ def _run_row(x: Run) -> str:
     facts = [x.shape, share(x.density), "" if x.block is None else str(x.block), x.contender]
     facts += [x.format, x.what]
     if x.ms is None:
-        cells = [*facts, x.why_not, "", "", "", "", ""]
+        cells = [*facts, x.why_not, *[""] * 6]
     else:
         spread = "" if x.p10 is None or x.p90 is None else f" ({x.p10:.4g} to {x.p90:.4g})"
         rate = "" if x.tflops is None else f"{x.tflops:.1f}"
         shares = [share(v) for v in (x.of_best_dense, x.of_nominal, x.of_measured)]
-        cells = [*facts, f"{x.ms:.4g}{spread}", str(x.reps), rate, *shares]
+        first = "" if x.first_ms is None else f"{x.first_ms:.4g}"
+        cells = [*facts, f"{x.ms:.4g}{spread}", str(x.reps), first, rate, *shares]
     return "| " + " | ".join(cells) + " |"
 
 

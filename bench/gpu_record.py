@@ -83,6 +83,7 @@ class Run:
             "kernel".
         format: of the operands: "bf16", "int8+fp8", ...
         ms: median of `reps` samples; p10 and p90 of them.
+        first_ms: the first call by the wall, compiling counted.
         tflops: of listed blocks, over this time; None = not attention.
         of_best_dense: rate over the best dense rate of this run and shape.
         of_nominal, of_measured: rate over the datasheet's, and over this run's matrix product.
@@ -100,6 +101,7 @@ class Run:
     p10: float | None = None
     p90: float | None = None
     reps: int = 0
+    first_ms: float | None = None
     tflops: float | None = None
     of_best_dense: float | None = None
     of_nominal: float | None = None

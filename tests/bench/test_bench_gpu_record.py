@@ -152,7 +152,7 @@ def test_the_page_shows_runs_goals_and_sections(tmp_path: Path):
     made.goals.append(Goal("g", "a rate", "cuda", 0.9, False, "not met", 0.5))
     gpu_record.write(made, tmp_path / "gpu")
     page = performance_page(tmp_path)
-    assert "| a |  |  | cuda | bf16 | total | 5 (4 to 6) | 30 | 317.0 |" in page
+    assert "| a |  |  | cuda | bf16 | total | 5 (4 to 6) | 30 |  | 317.0 |" in page
     assert "not importable: no such module" in page
     assert "| cuda | a rate | at least 0.9 | 0.5 | **not met** |" in page
     assert "| cuda rows | failed |" in page
