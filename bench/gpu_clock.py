@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+# A call of more than 100 ms is sampled less often, as its budget allows, and says how often.
 WANTED = 30
+BUDGET_S = 3.0
 LEAST = 3
-# A call that takes longer is sampled as often as the budget allows, and says so.
-LONG_MS = 100.0
 # More than twice any L2 cache.
 _FLUSH_BYTES = 256 << 20
 
@@ -33,25 +33,26 @@ class Clock:
     """Times calls on a device; on a CPU by the wall, for rehearsals.
 
     Args:
-        budget_s: of one call that takes longer than LONG_MS.
+        budget_s: of the samples of a call, all together.
     """
 
-    def __init__(self, device: torch.device, budget_s: float = 3.0, wanted: int = WANTED) -> None:
+    def __init__(
+        self, device: torch.device, budget_s: float = BUDGET_S, wanted: int = WANTED
+    ) -> None:
         self.device, self.budget_s, self.wanted = device, budget_s, wanted
         self.flush: torch.Tensor | None = None
 
     def __call__(self, call: Callable[[], object]) -> Times:
-        """Warmed up twice: what is compiled, is compiled in the first call."""
+        """Warmed up twice; what is compiled, is compiled in the first call."""
         begin = time.perf_counter()
         call()
         self._wait()
         first_ms = 1e3 * (time.perf_counter() - begin)
-        first = self._once(call)
+        self._once(call)
         samples: list[float] = []
-        while len(samples) < self.wanted:
-            spent = sum(samples) / 1e3
-            if first > LONG_MS and len(samples) >= LEAST and spent > self.budget_s:
-                break
+        while len(samples) < LEAST or (
+            len(samples) < self.wanted and sum(samples) < 1e3 * self.budget_s
+        ):
             samples.append(self._once(call))
         return replace(times_of(samples), first_ms=first_ms)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from permattn.core import QuantSpec
 
-from bench import gpu_bench, gpu_goals, gpu_peers
+from bench import gpu_bench, gpu_goals, gpu_layers, gpu_peers
 from bench.gpu_clock import Clock, times_of
 from bench.gpu_record import Record, Run
 from bench.gpu_shapes import BF16, INT8_FP8, PEAKS, SHAPES, SWEEP
@@ -34,20 +33,21 @@ def test_shapes_are_those_of_the_protocol():
 def test_lists_have_the_density_that_they_say(shape):
     """On the shape of a rehearsal, whose text is dense."""
     small = shape.tiny()
-    layer = gpu_bench.Layer(small, torch.device("cpu"))
-    kept = layer.kept(64, 0.2)
-    scores = layer.scores(64, 0.2)
-    mask = layer.mask(scores, kept)
+    layer = gpu_layers.Layer(small, torch.device("cpu"))
+    listed = gpu_layers.Listed.of(layer, 64, 0.2)
+    mask, kept = listed.mask, listed.kept
     assert (mask.sum(-1) == kept).all() and mask.shape[0] == small.heads
-    plan = layer.plan(mask, 64, kept, QuantSpec())
     blocks = -(-layer.vision // 64)
-    assert float(plan.parts[0].index.num_entries().double().mean()) >= kept * blocks
-    error, bound = gpu_bench._gate(
-        gpu_bench.permattn.sparse_attention(layer.q, layer.k, layer.v, plan, backend="reference"),
-        layer,
-        plan,
-    )
+    assert float(listed.plan.parts[0].index.num_entries().double().mean()) >= kept * blocks
+    inputs = (layer.q, layer.k, layer.v, listed.plan)
+    out = gpu_bench.permattn.sparse_attention(*inputs, backend="reference")
+    error, bound = listed.gate(out, quantised=False)
     assert error <= bound
+    for wrong in (out.masked_fill(out > 0, float("nan")), 1.1 * out):
+        error, bound = listed.gate(wrong, quantised=False)
+        assert not error <= bound
+    error, bound = listed.gate(out * float("nan"), quantised=True)
+    assert not error <= bound
 
 
 @pytest.fixture
@@ -86,7 +86,8 @@ def test_a_long_call_is_sampled_as_often_as_its_budget_allows(monkeypatch):
     clock = Clock(torch.device("cpu"), budget_s=1.0)
     monkeypatch.setattr(clock, "_once", lambda call: 400.0)
     assert clock(lambda: None).reps == 3 and clock(lambda: None).first_ms >= 0
-    monkeypatch.setattr(clock, "_once", lambda call: 99.0)
+    clock = Clock(torch.device("cpu"))
+    monkeypatch.setattr(clock, "_once", lambda call: 100.0)
     assert clock(lambda: None).reps == 30
 
 
