@@ -183,6 +183,14 @@ def new_record(options: argparse.Namespace, argv: list[str], library: Found) -> 
     if options.commit:
         head, dirty = options.commit, dirty and head != "unknown"
     facts: dict[str, Any] = gpu_machine.describe(options.rehearse)
+    kernels, sources = kernel_groups.hashes(), library.sources
+    if sources != "same":
+        # What ran is not what lies here: the record vouches for no native kernel of the tree.
+        native = {group.name for group in kernel_groups.GROUPS if group.is_native}
+        kernels = {name: value for name, value in kernels.items() if name not in native}
+        if library.folder is not None:
+            said = "from other sources than csrc" if sources == "other" else "from sources unknown"
+            print(f"make gpu: the native library was built {said}: its kernels count for nothing")
     return gpu_record.Record(
         **facts,
         rehearsal=options.rehearse,
@@ -190,8 +198,8 @@ def new_record(options: argparse.Namespace, argv: list[str], library: Found) -> 
         dirty=dirty,
         utc=utc_now(),
         argv=shlex.join(argv),
-        library=gpu_record.Library(library.sha256, why_not=library.why_not),
-        kernels=kernel_groups.hashes(),
+        library=gpu_record.Library(library.sha256, sources, why_not=library.why_not),
+        kernels=kernels,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import re
 import shutil
@@ -32,6 +33,23 @@ class Found:
     folder: Path | None
     sha256: str = ""
     why_not: str = ""
+
+    @property
+    def sources(self) -> str:
+        """Whether it was built from the csrc of this tree: "same", "other" or "unknown"."""
+        report = None if self.folder is None else self.folder / REPORT
+        if report is None or not report.exists():
+            return "unknown"
+        built = json.loads(report.read_text(encoding="utf-8")).get("sources")
+        return "unknown" if built is None else "same" if built == sources_sha256() else "other"
+
+
+def sources_sha256(root: Path = ROOT) -> str:
+    """Of every source of the library, as setup.py writes it into the report of a build."""
+    csrc, made = root / "csrc", hashlib.sha256()
+    for path in sorted(p for p in csrc.rglob("*") if p.is_file()):
+        made.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
+    return made.hexdigest()
 
 
 def find_library(library: Path | None, wheel: Path | None) -> Found:

@@ -28,11 +28,13 @@ class Library:
 
     Args:
         so_sha256: of `_native.so`; empty = there was none.
+        sources: whether it was built from the csrc of the tree: "same", "other" or "unknown".
         archs: compute capabilities with machine code.
         why_not: why its CUDA kernels do not run; empty = they do.
     """
 
     so_sha256: str = ""
+    sources: str = "unknown"
     archs: list[str] = field(default_factory=list)
     why_not: str = ""
 
@@ -139,7 +141,8 @@ class Record:
     Args:
         utc: when it began, ISO 8601.
         cc: compute capability, [major, minor].
-        kernels: hash of the sources of every group of bench.kernel_groups.
+        kernels: hash of the sources of every group of bench.kernel_groups; without those of the
+            native library where that was not built from the tree's.
         clocks: what nvidia-smi said "before" and "after".
         ceilings: "matmul_tflops", "copy_tb_s" as measured, and "nominal": the datasheet's.
         sanitizer: tool -> its summary, or why it did not run.

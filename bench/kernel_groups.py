@@ -34,6 +34,11 @@ class Group:
     globs: tuple[str, ...]
     proofs: tuple[str, ...]
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the native library holds them: compiled before, maybe from other sources."""
+        return any(glob.startswith("csrc/") for glob in self.globs)
+
     def files(self, root: Path = ROOT) -> list[Path]:
         """Those of the globs, and everything that they reach."""
         open_ = [p for glob in self.globs for p in root.glob(glob) if p.suffix in SOURCES]

@@ -41,7 +41,7 @@ def passed(*keys: str, status: str = "passed") -> list[Section]:
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path):
-    made = record(sections=passed("cuda rows"), library=Library("abc", ["9.0"]))
+    made = record(sections=passed("cuda rows"), library=Library("abc", "same", ["9.0"]))
     made.cases.append(Case("cuda rows", "one", 0.5, 1.0, True))
     made.bench.append(Run("s", "a", "cuda", ms=1.23456789, tflops=None))
     made.goals.append(Goal("g", "a goal", "cuda", 1.0, False, "not measured"))

@@ -55,22 +55,52 @@ def test_boxes_have_zeros_outside(probe: Probe):
     assert not boxes[4].any()
 
 
-@pytest.mark.parametrize("path", FIXTURES, ids=lambda p: p.stem)
-def test_everything_answers_as_the_device(path: Path):
-    assert path.stat().st_size <= MOST_BYTES
+def unlike(path: Path) -> list[str]:
+    """What answers otherwise than the device whose answers a file holds."""
+    found = []
+    by_name = {p.name: p for p in probes()}
     with np.load(path) as fixture:
-        known = {name.removesuffix(".inputs"): name for name in fixture if name.endswith(".inputs")}
-        by_name = {p.name: p for p in probes()}
+        known = [name for name in fixture if not name.endswith(".inputs")]
         assert known and set(known) <= set(by_name), "a probe that a device answered is gone"
-        for name, inputs in known.items():
+        for name in known:
             probe = by_name[name]
-            assert str(fixture[inputs]) == probe.sha256(), f"{name}: add a probe, keep this one"
+            inputs = str(fixture[f"{name}.inputs"])
+            assert inputs == probe.sha256(), f"{name}: add a probe, keep this one"
             answers = {"simulator": engines.simulated(probe)}
             if probe.shim:
                 answers["stand-in"] = engines.on_cpu(probe)
-            for who, found in answers.items():
-                distance = probe.distance(found, fixture[name], probe.device)
-                assert distance <= 1, f"{name}: the {who} is {distance:.3g} bounds from the device"
+            for who, answer in answers.items():
+                distance = probe.distance(answer, fixture[name], probe.device)
+                if not distance <= 1:
+                    found.append(f"{name}: the {who} is {distance:.3g} bounds from the device")
+    return found
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda p: p.stem)
+def test_everything_answers_as_the_device(path: Path):
+    assert path.stat().st_size <= MOST_BYTES
+    assert not unlike(path)
+
+
+def test_a_device_that_answers_otherwise_is_seen(tmp_path):
+    """The simulator's answers as a device's, and two of them changed."""
+    some = [p for p in probes() if p.name in ("mma_s8", "mma_bf16", "pack_f16", "wgmma_e4m3_rs")]
+    kept = {p.name: engines.simulated(p) for p in some}
+    kept |= {f"{p.name}.inputs": np.array(p.sha256()) for p in some}
+    np.savez(tmp_path / "same.npz", **kept)
+    assert not unlike(tmp_path / "same.npz")
+    kept["mma_s8"][5] ^= 1
+    kept["wgmma_e4m3_rs"].view(np.float32)[9] += 64.0
+    np.savez(tmp_path / "other.npz", **kept)
+    wrong = unlike(tmp_path / "other.npz")
+    assert [line.split(" is ")[0] for line in wrong] == [
+        "mma_s8: the simulator",
+        "mma_s8: the stand-in",
+        "wgmma_e4m3_rs: the simulator",
+    ]
+    np.savez(tmp_path / "asked.npz", **{**kept, "pack_f16.inputs": np.array("other")})
+    with pytest.raises(AssertionError, match="pack_f16: add a probe, keep this one"):
+        unlike(tmp_path / "asked.npz")
 
 
 def test_probes_fit_a_fixture():
