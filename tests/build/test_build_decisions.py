@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -334,6 +335,17 @@ def test_the_wheels_name_says_what_is_in_it(tools, failing, tag):
     version = wheel.name.split("-")[1]
     assert wheel.name.startswith(f"permattn-{version}{tag}") and wheel.suffix == ".whl"
     assert len([c for c in tools.calls("g++") if "-shared" in c]) == 1
+    names = zipfile.ZipFile(wheel).namelist()
+    kinds = {Path(name).suffix for name in names if name.startswith("permattn/")}
+    assert kinds == {".py", ".so", ".json"}
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"permattn", f"permattn-{version}.dist-info"}
+    assert [name for name in names if name.endswith(".so")] == ["permattn/_native.so"]
+    assert len(names) == len(set(names))
+    kernels = {f"permattn/triton_kernels/{p.name}" for p in (ROOT / "triton_kernels").glob("*.py")}
+    package = ROOT / "python"
+    files = {p.relative_to(package).as_posix() for p in (package / "permattn").rglob("*.py")}
+    assert kernels | files <= set(names)
 
 
 def test_setup_is_imported_without_torch_and_builds_nothing():
