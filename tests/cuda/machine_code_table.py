@@ -1,0 +1,218 @@
+"""The committed table of what every kernel of the wheel compiles to; a change must edit it.
+
+python tests/cuda/machine_code_table.py --write LIBRARY   rewrite the table and its page in docs
+python tests/cuda/machine_code_table.py LIBRARY           compare, and check what must hold
+
+LIBRARY: a _native.so or a wheel with all five devices (`make wheel`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import machine_code
+import machine_code_page
+from machine_code import Row
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TABLE = HERE / "machine_code.json"
+ARCHS = ("80", "86", "89", "90a", "120a")
+COLUMNS = (
+    *("arch", "kernel", "threads", "registers", "stack", "spills"),
+    *("static_shared", "dynamic_shared", "matrix", "copies"),
+)
+# Shared memory of a block (CUDA's programming guide, compute capabilities). From 9.0 on a kernel's
+# own number counts the kilobyte that the system takes, which the limit does not.
+SHARED_LIMIT = {"80": 163, "86": 99, "89": 99, "90a": 227, "120a": 99}
+SYSTEM_SHARED = {"90a": 1024, "120a": 1024}
+NATIVE_INT4 = ("80", "86", "89")
+FP8_BY_MMA = ("89", "120a")
+ATTENTION = re.compile(r"(sm\d+)::attention_kernel<(\w+), (\w+), (\w+), (\d+), (\d+)>$")
+
+
+@functools.cache
+def facts() -> dict[str, Row]:
+    """Kernel -> threads and dynamic shared memory, by the sources (kernel_facts.cpp)."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "facts"
+        include = [f"-I{ROOT / 'csrc'}", f"-I{HERE.parent / 'cuda_shim'}"]
+        source = str(HERE / "kernel_facts.cpp")
+        subprocess.run(["g++", "-std=c++20", *include, source, "-o", str(program)], check=True)
+        done = subprocess.run([str(program)], check=True, capture_output=True, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return {row.pop("kernel"): row for row in rows}
+
+
+def complete(row: Row, facts: dict[str, Row]) -> Row:
+    """A row of the table: what was compiled, and what the sources say of it."""
+    whole = {**row, **facts[row["kernel"]]}
+    return {column: whole[column] for column in COLUMNS if column in whole}
+
+
+def rows_of_library(
+    library: Path, wanted: Callable[[str, bytes], bool] = lambda arch, cubin: True
+) -> list[Row]:
+    """Rows of all kernels of a library. Of cubins that are not `wanted` only the resources.
+
+    Args:
+        wanted: whether to disassemble a cubin, by its architecture and bytes.
+    """
+    folder = machine_code.tools()
+    assert folder is not None
+    sources = facts()
+
+    def read(cubin: Path) -> list[Row]:
+        if wanted(machine_code.arch_of(cubin), cubin.read_bytes()):
+            return machine_code.rows_of_cubin(folder, cubin)
+        return list(machine_code.resources_of_cubin(folder, cubin).values())
+
+    with tempfile.TemporaryDirectory() as target, ThreadPoolExecutor() as pool:
+        cubins = machine_code.cubins_of_library(folder, library, Path(target))
+        rows = [complete(row, sources) for found in pool.map(read, cubins) for row in found]
+    return sorted(rows, key=key_of)
+
+
+def key_of(row: Row) -> str:
+    """Kernels in the order of their numbers, devices in theirs."""
+    name = re.sub(r"\d+", lambda m: m[0].zfill(4), row["kernel"])
+    return f"{name} sm_{row['arch'].zfill(4)}"
+
+
+def matrix_of(kernel: str, arch: str) -> set[str] | None:
+    """Matrix instructions that a kernel must have on a device, and no others.
+
+    None: there is no such kernel on the device, which the backend refuses; its code is empty.
+    """
+    found = ATTENTION.match(kernel)
+    if found is None:
+        return set()
+    family, dtype, qk, pv, dim, block = found.groups()
+    sixteen = ".BF16" if dtype == "bfloat16" else ""
+    if family == "sm90":
+        columns = int(dim)
+        ones = columns + 8
+        scores = {
+            "none": f"HGMMA.64x{block}x16.F32{sixteen}",
+            "int8": f"IGMMA.64x{block}x32.S8.S8",
+        }
+        values = {
+            "none": f"HGMMA.64x{columns}x16.F32{sixteen}",
+            "int8": f"IGMMA.64x{columns}x32.U8.S8",
+            "fp8": f"QGMMA.64x{ones}x32.F32.E4M3.E4M3",
+        }
+        return {scores[qk], values[pv]}
+    if "int4" in (qk, pv) and arch not in NATIVE_INT4:
+        return None
+    if pv == "fp8" and arch not in FP8_BY_MMA:
+        return None
+    sixteen = f"HMMA.16816.F32{sixteen}"
+    scores = {"none": sixteen, "int8": "IMMA.16832.S8.S8", "int4": "IMMA.16864.S4.S4"}
+    values = {
+        "none": sixteen,
+        "int8": "IMMA.16832.U8.S8",
+        "int4": "IMMA.16864.U4.S4",
+        "fp8": "QMMA.16832.F32.E4M3.E4M3",
+    }
+    return {scores[qk], values[pv]}
+
+
+def faults_of(row: Row) -> list[str]:
+    """What must hold for every row, whatever compiled it."""
+    arch, faults = row["arch"], []
+    if row["stack"] or row.get("spills", 0):
+        faults.append(f"spills: {row.get('spills')} instructions, {row['stack']} bytes of stack")
+    if row["registers"] > machine_code.REGISTER_LIMIT:
+        faults.append(f"{row['registers']} registers")
+    shared = row["static_shared"] - SYSTEM_SHARED.get(arch, 0) + row["dynamic_shared"]
+    if shared > SHARED_LIMIT[arch] * 1024:
+        faults.append(f"{shared} bytes of shared memory, at most {SHARED_LIMIT[arch]} KiB")
+    if "matrix" in row:
+        wanted = matrix_of(row["kernel"], arch)
+        if set(row["matrix"]) != (wanted or set()):
+            faults.append(f"matrix instructions {row['matrix']}, wants {wanted}")
+        is_attention = wanted is not None and ATTENTION.match(row["kernel"])
+        copy = "UTMALDG" if row["kernel"].startswith("sm90::") else "LDGSTS"
+        if is_attention and not row["copies"].get(copy):
+            faults.append(f"copies {row['copies']}, wants {copy}")
+    return [f"{key_of(row)}: {fault}" for fault in faults]
+
+
+def differences(rows: Iterable[Row], table: dict[str, Row]) -> list[str]:
+    """Rows that are not as the table has them, by the columns that they have."""
+    faults = []
+    for row in rows:
+        stored = table.get(key_of(row))
+        if stored is None:
+            faults.append(f"{key_of(row)}: not in the table")
+        else:
+            faults += [
+                f"{key_of(row)}: {column} {value}, the table has {stored[column]}"
+                for column, value in row.items()
+                if stored[column] != value
+            ]
+    return faults
+
+
+def read_table() -> tuple[str, dict[str, Row]]:
+    """The release of nvcc, and the rows by key."""
+    stored = json.loads(TABLE.read_text(encoding="utf-8"))
+    rows = [dict(zip(stored["columns"], row, strict=True)) for row in stored["rows"]]
+    return stored["nvcc"], {key_of(row): row for row in rows}
+
+
+def write_table(rows: list[Row], release: str) -> None:
+    lines = [json.dumps([row[column] for column in COLUMNS]) for row in rows]
+    head = f'{{"nvcc": "{release}", "columns": {json.dumps(COLUMNS)}, "rows": [\n'
+    TABLE.write_text(head + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
+    machine_code_page.write(ROOT, release, rows)
+
+
+def report_and_library(given: Path, folder: Path) -> tuple[Row, Path]:
+    """What a build says of itself, and its library: of a wheel, or of a file beside its report."""
+    if given.suffix == ".whl":
+        with zipfile.ZipFile(given) as wheel:
+            names = ("permattn/_native.so", "permattn/_native_build.json")
+            given, _ = (Path(wheel.extract(name, folder)) for name in names)
+    return json.loads(given.with_name("_native_build.json").read_text()), given
+
+
+def main() -> int:
+    """Checks what must hold, and compares or writes the table."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("library", type=Path, help="a _native.so or a wheel")
+    parser.add_argument("--write", action="store_true", help="rewrite the table and its page")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report, library = report_and_library(args.library, Path(folder))
+        cuda = report["cuda"]
+        if not cuda["built"] or tuple(cuda["archs"]) != ARCHS:
+            parser.error(f"library: wants kernels for {' '.join(ARCHS)}, got {cuda}")
+        rows = rows_of_library(library)
+    faults = [fault for row in rows for fault in faults_of(row)]
+    if args.write and not faults:
+        write_table(rows, cuda["version"])
+    elif not args.write:
+        release, table = read_table()
+        if release == cuda["version"]:
+            faults += differences(rows, table)
+            missing = table.keys() - {key_of(row) for row in rows}
+            faults += [f"{key}: in the table only" for key in sorted(missing)]
+        else:
+            print(f"the table is of nvcc {release}: numbers of {cuda['version']} not compared")
+    print("\n".join(faults) or f"{len(rows)} kernels, no fault")
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
