@@ -99,15 +99,6 @@ def instructions_of_listing(lines: Iterable[str]) -> Row:
     }
 
 
-def rows_of_cubin(folder: Path, cubin: Path) -> list[Row]:
-    """One row per kernel of a cubin, resources and instructions."""
-    listings = listings_of_cubin(folder, cubin)
-    return [
-        {**row, **instructions_of_listing(listings[symbol])}
-        for symbol, row in resources_of_cubin(folder, cubin).items()
-    ]
-
-
 def short_name(demangled: str) -> str:
     """A kernel's name and template arguments in the words of the sources, and nothing else.
 

@@ -1,6 +1,6 @@
 """The committed table of what every kernel of the wheel compiles to; a change must edit it.
 
-python tests/cuda/machine_code_table.py --write LIBRARY   rewrite the table and its page in docs
+python tests/cuda/machine_code_table.py --write LIBRARY   rewrite the table and what docs has of it
 python tests/cuda/machine_code_table.py LIBRARY           compare, and check what must hold
 
 LIBRARY: a _native.so or a wheel with all five devices (`make wheel`).
@@ -22,15 +22,21 @@ from pathlib import Path
 
 import machine_code
 import machine_code_page
+import main_loop
+import sm90_estimate
 from machine_code import Row
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.append(str(HERE.parent / "cuda_shim"))
+
+import build  # noqa: E402
+
 TABLE = HERE / "machine_code.json"
 ARCHS = ("80", "86", "89", "90a", "120a")
 COLUMNS = (
     *("arch", "kernel", "threads", "registers", "stack", "spills"),
-    *("static_shared", "dynamic_shared", "matrix", "copies"),
+    *("static_shared", "dynamic_shared", "matrix", "copies", "loop"),
 )
 # Shared memory of a block (CUDA's programming guide, compute capabilities). From 9.0 on a kernel's
 # own number counts the kilobyte that the system takes, which the limit does not.
@@ -60,6 +66,21 @@ def complete(row: Row, facts: dict[str, Row]) -> Row:
     return {column: whole[column] for column in COLUMNS if column in whole}
 
 
+def rows_of_cubin(folder: Path, cubin: Path) -> list[Row]:
+    """One row per kernel of a cubin, resources and instructions; `loop` is of sm_90a's attention."""
+    listings = machine_code.listings_of_cubin(folder, cubin)
+    return [
+        {
+            **row,
+            **machine_code.instructions_of_listing(listings[symbol]),
+            "loop": main_loop.spans_of_listing(listings[symbol])
+            if row["kernel"].startswith("sm90::")
+            else None,
+        }
+        for symbol, row in machine_code.resources_of_cubin(folder, cubin).items()
+    ]
+
+
 def rows_of_library(
     library: Path, wanted: Callable[[str, bytes], bool] = lambda arch, cubin: True
 ) -> list[Row]:
@@ -74,7 +95,7 @@ def rows_of_library(
 
     def read(cubin: Path) -> list[Row]:
         if wanted(machine_code.arch_of(cubin), cubin.read_bytes()):
-            return machine_code.rows_of_cubin(folder, cubin)
+            return rows_of_cubin(folder, cubin)
         return list(machine_code.resources_of_cubin(folder, cubin).values())
 
     with tempfile.TemporaryDirectory() as target, ThreadPoolExecutor() as pool:
@@ -176,6 +197,7 @@ def write_table(rows: list[Row], release: str) -> None:
     head = f'{{"nvcc": "{release}", "columns": {json.dumps(COLUMNS)}, "rows": [\n'
     TABLE.write_text(head + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
     machine_code_page.write(ROOT, release, rows)
+    sm90_estimate.write(ROOT, build.module(), rows)
 
 
 def report_and_library(given: Path, folder: Path) -> tuple[Row, Path]:
@@ -191,7 +213,9 @@ def main() -> int:
     """Checks what must hold, and compares or writes the table."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("library", type=Path, help="a _native.so or a wheel")
-    parser.add_argument("--write", action="store_true", help="rewrite the table and its page")
+    parser.add_argument(
+        "--write", action="store_true", help="rewrite the table and what docs has of it"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report, library = report_and_library(args.library, Path(folder))

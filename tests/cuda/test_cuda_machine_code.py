@@ -240,7 +240,7 @@ def test_kernels_compiled_for_other_devices_are_the_tables(tmp_path, kernel):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    rows = machine_code.rows_of_cubin(machine_code.tools(), cubin)
+    rows = table.rows_of_cubin(machine_code.tools(), cubin)
     (row,) = (table.complete(row, table.facts()) for row in rows)
     assert row["kernel"] == template_name(*kernel[:-1])
     assert not table.faults_of(row)
