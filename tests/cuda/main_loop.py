@@ -29,20 +29,10 @@ LOGIC = frozenset(
 SPECIAL = frozenset({"MUFU"})
 ISSUE_ONLY = frozenset(
     {
-        *(
-            "BRA",
-            "BSSY",
-            "BSYNC",
-            "NOP",
-            "WARPSYNC",
-            "ELECT",
-            "DEPBAR",
-            "WARPGROUP",
-            "WARPGROUPDEPBAR",
-        ),
+        *("BRA", "BSSY", "BSYNC", "NOP", "WARPSYNC", "ELECT", "DEPBAR", "WARPGROUP", "YIELD"),
         *("HGMMA", "IGMMA", "QGMMA", "LDS", "STS", "LDC", "LDG", "SHFL", "VOTE", "SYNCS", "S2R"),
         *("R2UR", "UMOV", "UIADD3", "ULEA", "ULOP3", "UIMAD", "USHF", "USEL", "UISETP", "ULDC"),
-        *("VOTEU", "S2UR", "CS2R", "FENCE", "UPRMT", "BAR", "YIELD", "PLOP3"),
+        *("VOTEU", "S2UR", "CS2R", "FENCE", "UPRMT", "BAR"),
     }
 )
 PIPES = ("issue", "float", "logic", "special")
@@ -136,7 +126,7 @@ def _shortest_way(
         if to is not None and i < to <= end:
             onward.append(to)
         for j in onward:
-            if length[i] + 1 < length.get(j, end):
+            if length[i] + 1 < length.get(j, len(lines) + 1):
                 length[j], before[j] = length[i] + 1, i
     if end not in length:
         raise ValueError("loop: its end is not reached from its begin")

@@ -46,8 +46,12 @@ def loop_of(rows: Iterable[Row], qk: str, pv: str, dim: int, keys: int) -> list[
 def step(
     shim: ModuleType, rows: Iterable[Row], qk: str, pv: str, dim: int, block: int, tiles: int
 ) -> dict[str, Any]:
-    """Cycles of a step by unit; `keys` of its tiles; the unit that bounds it; `beside`, the share of
-    the loop's special functions that run while P V may be under way."""
+    """Cycles of a step by unit, and what follows from them.
+
+    Returns:
+        The units' cycles and their `bound`; `keys` of a tile; `by`, the unit that bounds the step;
+        `beside`, the share of the loop's special functions that run while P V may be under way.
+    """
     keys = keys_of_tile(shim, qk, pv, dim, block)
     formats = getattr(shim.Format, qk), getattr(shim.Format, pv)
     loop = loop_of(rows, qk, pv, dim, keys)
@@ -62,7 +66,10 @@ def block(shim: ModuleType, rows: list[Row]) -> str:
     head = ["Q K^T", "P V", "head dim", "blocks", "keys", *UNITS, "share", "bound by", "beside"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for qk, pv, dim in KERNELS:
-        for name, block_size, tiles in PATTERNS:
+        same = keys_of_tile(shim, qk, pv, dim, 128) == keys_of_tile(shim, qk, pv, dim, 64)
+        for name, block_size, tiles in PATTERNS[1:] if same else PATTERNS:
+            if same and tiles == 1:
+                name = "128; 64, lists alike"
             found = step(shim, rows, qk, pv, dim, block_size, tiles)
             share = f"{100 * found['products'] / found['bound']:.0f} %"
             last = [share, found["by"], f"{100 * found['beside']:.0f} %"]
