@@ -87,8 +87,8 @@ def sm90_table(rows: list[Row]) -> str:
     head = ["Q K^T", "P V", "dtype", "head dim", "keys", "registers", "shared"]
     return (
         "## Attention by wgmma (`csrc/cuda/sm90`), 9.0a\n\n"
-        "Of three warpgroups, 384 threads. Registers are those at the launch; the feeding one then\n"
-        "gives some to the two that multiply (`sm90/shape.h`).\n\n"
+        "Of three warpgroups, 384 threads. Registers are those at the launch; the one that feeds\n"
+        "then gives some to the two that multiply (`sm90/shape.h`).\n\n"
         + table([*head, "matrix instructions in the code"], lines)
     )
 

@@ -67,7 +67,7 @@ def complete(row: Row, facts: dict[str, Row]) -> Row:
 
 
 def rows_of_cubin(folder: Path, cubin: Path) -> list[Row]:
-    """One row per kernel of a cubin, resources and instructions; `loop` is of sm_90a's attention."""
+    """One row per kernel of a cubin, resources and instructions; sm_90a's attention has a loop."""
     listings = machine_code.listings_of_cubin(folder, cubin)
     return [
         {
