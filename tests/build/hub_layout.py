@@ -13,8 +13,8 @@ from fake_tools import ROOT, load_setup
 FILE = ROOT / "build.toml"
 HEAD = """\
 # The sources for Hugging Face's kernel-builder (edition 5 of its format). Written from what
-# setup.py compiles by `python tests/build/hub_layout.py`; a test compares them. docs/install.md says
-# what a hub kernel still needs: this build has never been run.
+# setup.py compiles by `python tests/build/hub_layout.py`; a test compares them. docs/install.md
+# says what a hub kernel still needs: this build has never been run.
 
 [general]
 name = "permattn"
