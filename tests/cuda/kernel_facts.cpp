@@ -7,6 +7,7 @@
 #include "cuda/index/blocks.cuh"
 #include "cuda/index/lists.cuh"
 #include "cuda/index/order.cuh"
+#include "cuda/index/probe.cuh"
 #include "cuda/permute/prepare.h"
 #include "cuda/permute/statistics.cuh"
 #include "cuda/permute/tiling.h"
@@ -79,6 +80,28 @@ int most_for_rows() {
   return most;
 }
 
+template <Dtype kDtype, int kDim>
+void print_probe(const char* dtype) {
+  using T = index::ProbeTraits<kDtype, kDim>;
+  for (const char* sweep : {"totals", "masses"}) {
+    char name[80];
+    std::snprintf(name, sizeof(name), "index::probe_%s_kernel<%s, %d>", sweep, dtype, kDim);
+    print(name, index::kProbeThreads, T::kSharedBytes);
+  }
+}
+
+void print_probes() {
+  print_probe<Dtype::kBFloat16, 64>("bfloat16");
+  print_probe<Dtype::kBFloat16, 128>("bfloat16");
+  print_probe<Dtype::kBFloat16, 256>("bfloat16");
+  print_probe<Dtype::kFloat16, 64>("float16");
+  print_probe<Dtype::kFloat16, 128>("float16");
+  print_probe<Dtype::kFloat16, 256>("float16");
+  // Two numbers a thread.
+  print("index::probe_merge_kernel", index::kMergeThreads, 2 * index::kMergeThreads * 4);
+  print("index::probe_edge_kernel", index::kProbeKeys, 0);
+}
+
 // Of kernels whose shared memory a problem sizes: the most that any may ask for.
 void print_others() {
   const int rows = most_for_rows();
@@ -128,5 +151,6 @@ int main() {
   print_attention("sm90", Dtype::dtype, Format::qk, Format::pv, dim, block_n, sm90::kThreads, \
                   sm90::Traits<Dtype::dtype, Format::qk, Format::pv, dim, block_n>::kSharedBytes);
   PERMATTN_SM90_KERNELS(PERMATTN_PRINT_SM90)
+  print_probes();
   print_others();
 }

@@ -109,7 +109,7 @@ def short_name(demangled: str) -> str:
     name = re.sub(r"\(Dtype\)(\d)", lambda m: DTYPES[int(m[1])], name)
     name = re.sub(r"\(Format\)(\d)", lambda m: FORMATS[int(m[1])], name)
     name = name[: name.find("(")]
-    return re.sub(r"<\w+::Traits<(.*)> >$", r"<\1>", name)
+    return re.sub(r"<\w+::\w*Traits<(.*)> >$", r"<\1>", name)
 
 
 def _run(command: Iterable[object]) -> str:

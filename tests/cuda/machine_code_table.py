@@ -44,6 +44,7 @@ SHARED_LIMIT = {"80": 163, "86": 99, "89": 99, "90a": 227, "120a": 99}
 SYSTEM_SHARED = {"90a": 1024, "120a": 1024}
 NATIVE_INT4 = ("80", "86", "89")
 FP8_BY_MMA = ("89", "120a")
+PROBE = re.compile(r"index::probe_(?:totals|masses)_kernel<(\w+), \d+>$")
 ATTENTION = re.compile(r"(sm\d+)::attention_kernel<(\w+), (\w+), (\w+), (\d+), (\d+)>$")
 
 
@@ -115,6 +116,9 @@ def matrix_of(kernel: str, arch: str) -> set[str] | None:
 
     None: there is no such kernel on the device, which the backend refuses; its code is empty.
     """
+    probe = PROBE.match(kernel)
+    if probe is not None:
+        return {"HMMA.16816.F32.BF16" if probe[1] == "bfloat16" else "HMMA.16816.F32"}
     found = ATTENTION.match(kernel)
     if found is None:
         return set()
@@ -162,9 +166,8 @@ def faults_of(row: Row) -> list[str]:
         wanted = matrix_of(row["kernel"], arch)
         if set(row["matrix"]) != (wanted or set()):
             faults.append(f"matrix instructions {row['matrix']}, wants {wanted}")
-        is_attention = wanted is not None and ATTENTION.match(row["kernel"])
         copy = "UTMALDG" if row["kernel"].startswith("sm90::") else "LDGSTS"
-        if is_attention and not row["copies"].get(copy):
+        if wanted and not row["copies"].get(copy):
             faults.append(f"copies {row['copies']}, wants {copy}")
     return [f"{key_of(row)}: {fault}" for fault in faults]
 
