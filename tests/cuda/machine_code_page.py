@@ -51,7 +51,8 @@ def words(names: Iterable[str]) -> list[str]:
 
 def sm80_tables(rows: list[Row]) -> str:
     kernels = by_kernel(row for row in rows if row["kernel"].startswith("sm80::"))
-    lines, kinds = [], {}
+    lines = []
+    kinds: dict[tuple[str, ...], set[str]] = {}
     for devices in kernels.values():
         first = next(iter(devices.values()))
         dtype, qk, pv, dim, queries = arguments_of(first)

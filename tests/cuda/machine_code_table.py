@@ -1,7 +1,8 @@
 """The committed table of what every kernel of the wheel compiles to; a change must edit it.
 
-python tests/cuda/machine_code_table.py --write LIBRARY   rewrite the table and what docs has of it
-python tests/cuda/machine_code_table.py LIBRARY           compare, and check what must hold
+python tests/cuda/machine_code_table.py --write LIBRARY     rewrite the table and its pages
+python tests/cuda/machine_code_table.py --write FILE.cu...  rewrite what these sources compile to
+python tests/cuda/machine_code_table.py LIBRARY             compare, and check what must hold
 
 LIBRARY: a _native.so or a wheel with all five devices (`make wheel`).
 """
@@ -19,6 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import machine_code
 import machine_code_page
@@ -28,7 +30,9 @@ from machine_code import Row
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.append(str(HERE.parent / "cuda_shim"))
+sys.path[:0] = [str(HERE.parent / "cuda_shim"), str(HERE.parent / "build")]
+
+import fake_tools  # noqa: E402
 
 import build  # noqa: E402
 
@@ -103,6 +107,27 @@ def rows_of_library(
         cubins = machine_code.cubins_of_library(folder, library, Path(target))
         rows = [complete(row, sources) for found in pool.map(read, cubins) for row in found]
     return sorted(rows, key=key_of)
+
+
+def rows_of_sources(sources: Iterable[Path]) -> tuple[str, list[Row]]:
+    """The release of nvcc, and rows of what .cu files compile to for every device of theirs."""
+    folder = machine_code.tools()
+    assert folder is not None
+    setup = fake_tools.load_setup()
+    nvcc = setup.find_nvcc()
+
+    def compile_for(source: Path, arch: str) -> list[Row]:
+        with tempfile.TemporaryDirectory() as target:
+            cubin = Path(target) / f"kernels.sm_{arch}.cubin"
+            code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+            command = [nvcc.path, *setup.NVCC_FLAGS, code, "-cubin", str(source), "-o", str(cubin)]
+            subprocess.run(command, check=True)
+            return [complete(row, facts()) for row in rows_of_cubin(folder, cubin)]
+
+    jobs = [(source, arch) for source in sources for arch in nvcc.archs_of(source.resolve())]
+    with ThreadPoolExecutor() as pool:
+        rows = [row for found in pool.map(compile_for, *zip(*jobs, strict=True)) for row in found]
+    return ".".join(map(str, nvcc.version)), rows
 
 
 def key_of(row: Row) -> str:
@@ -212,31 +237,44 @@ def report_and_library(given: Path, folder: Path) -> tuple[Row, Path]:
     return json.loads(given.with_name("_native_build.json").read_text()), given
 
 
+def rows_of(given: list[Path], error: Callable[[str], NoReturn]) -> tuple[str, list[Row]]:
+    """The release of nvcc, and rows of all kernels: of a library, or of the table with sources
+    compiled anew."""
+    if all(path.suffix == ".cu" for path in given):
+        release, rows = rows_of_sources(given)
+        stored, table = read_table()
+        if stored != release:
+            error(f"sources: the table is of nvcc {stored}, this one is {release}: wants a library")
+        merged = {**table, **{key_of(row): row for row in rows}}
+        return release, [merged[key] for key in sorted(merged)]
+    if len(given) != 1:
+        error(f"given: wants one library, or sources alone, got {[str(path) for path in given]}")
+    with tempfile.TemporaryDirectory() as folder:
+        report, library = report_and_library(given[0], Path(folder))
+        cuda = report["cuda"]
+        if not cuda["built"] or tuple(cuda["archs"]) != ARCHS:
+            error(f"library: wants kernels for {' '.join(ARCHS)}, got {cuda}")
+        return cuda["version"], rows_of_library(library)
+
+
 def main() -> int:
     """Checks what must hold, and compares or writes the table."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("library", type=Path, help="a _native.so or a wheel")
-    parser.add_argument(
-        "--write", action="store_true", help="rewrite the table and what docs has of it"
-    )
+    parser.add_argument("given", type=Path, nargs="+", help="a _native.so, a wheel, or sources")
+    parser.add_argument("--write", action="store_true", help="rewrite the table and docs")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        report, library = report_and_library(args.library, Path(folder))
-        cuda = report["cuda"]
-        if not cuda["built"] or tuple(cuda["archs"]) != ARCHS:
-            parser.error(f"library: wants kernels for {' '.join(ARCHS)}, got {cuda}")
-        rows = rows_of_library(library)
+    version, rows = rows_of(args.given, parser.error)
     faults = [fault for row in rows for fault in faults_of(row)]
     if args.write and not faults:
-        write_table(rows, cuda["version"])
+        write_table(rows, version)
     elif not args.write:
         release, table = read_table()
-        if release == cuda["version"]:
+        if release == version:
             faults += differences(rows, table)
             missing = table.keys() - {key_of(row) for row in rows}
             faults += [f"{key}: in the table only" for key in sorted(missing)]
         else:
-            print(f"the table is of nvcc {release}: numbers of {cuda['version']} not compared")
+            print(f"the table is of nvcc {release}: numbers of {version} not compared")
     print("\n".join(faults) or f"{len(rows)} kernels, no fault")
     return int(bool(faults))
 
