@@ -130,6 +130,11 @@ def rows_of_sources(sources: Iterable[Path]) -> tuple[str, list[Row]]:
     return ".".join(map(str, nvcc.version)), rows
 
 
+def name_of(row: Row) -> str:
+    """As messages name it."""
+    return f"{row['kernel']} on {row['arch']}"
+
+
 def key_of(row: Row) -> str:
     """Kernels in the order of their numbers, devices in theirs."""
     name = re.sub(r"\d+", lambda m: m[0].zfill(4), row["kernel"])
@@ -194,7 +199,7 @@ def faults_of(row: Row) -> list[str]:
         copy = "UTMALDG" if row["kernel"].startswith("sm90::") else "LDGSTS"
         if wanted and not row["copies"].get(copy):
             faults.append(f"copies {row['copies']}, wants {copy}")
-    return [f"{key_of(row)}: {fault}" for fault in faults]
+    return [f"{name_of(row)}: {fault}" for fault in faults]
 
 
 def differences(rows: Iterable[Row], table: dict[str, Row]) -> list[str]:
@@ -203,10 +208,10 @@ def differences(rows: Iterable[Row], table: dict[str, Row]) -> list[str]:
     for row in rows:
         stored = table.get(key_of(row))
         if stored is None:
-            faults.append(f"{key_of(row)}: not in the table")
+            faults.append(f"{name_of(row)}: not in the table")
         else:
             faults += [
-                f"{key_of(row)}: {column} {value}, the table has {stored[column]}"
+                f"{name_of(row)}: {column} {value}, the table has {stored[column]}"
                 for column, value in row.items()
                 if stored[column] != value
             ]
