@@ -135,20 +135,34 @@ def work(options: argparse.Namespace) -> int:
 
 
 def supervise(options: argparse.Namespace, jobs: list[Job], argv: list[str]) -> int:
-    """Runs the sections in workers and keeps the record."""
+    """Finds the library, runs the sections in workers and keeps the record."""
+    from bench.gpu_machine import find_library
+
+    with tempfile.TemporaryDirectory(prefix="permattn-gpu-") as scratch:
+        native = Path(scratch) / "native"
+        native.mkdir()
+        try:
+            facts = {"dist": not options.rehearse}
+            library = find_library(options.library, options.wheel, native, **facts)
+        except FileNotFoundError as missing:
+            parser().error(str(missing))
+        return run_all(options, jobs, argv, library, Path(scratch) / "journal")
+
+
+def run_all(
+    options: argparse.Namespace, jobs: list[Job], argv: list[str], library: Found, journal: Path
+) -> int:
+    """Runs the sections and keeps the record; 0, or 1 where one failed."""
     from bench import gpu_record, gpu_rehearsal
-    from bench.gpu_machine import CLOCKS, find_library, smi
+    from bench.gpu_machine import CLOCKS, smi
     from bench.gpu_suite import Journal
     from bench.gpu_supervisor import Supervisor
 
-    try:
-        library = find_library(options.library, options.wheel)
-    except FileNotFoundError as missing:
-        parser().error(str(missing))
     if options.rehearse:
         os.environ.update(gpu_rehearsal.environment())
-    scratch = Path(tempfile.mkdtemp(prefix="permattn-gpu-"))
-    out = options.out or (scratch if options.rehearse else gpu_record.RECORDS)
+    out = options.out or gpu_record.RECORDS
+    if options.rehearse and options.out is None:
+        out = Path(tempfile.mkdtemp(prefix="permattn-rehearsal-"))
     record = new_record(options, argv, library)
     if options.more is not None:
         record = continued(record, options.more)
@@ -163,12 +177,12 @@ def supervise(options: argparse.Namespace, jobs: list[Job], argv: list[str]) -> 
         gpu_record.write(record, out)
 
     command = [sys.executable, str(Path(__file__).resolve())]
-    command += ["--worker", str(scratch / "journal"), "--out", str(out / record.name)]
+    command += ["--worker", str(journal), "--out", str(out / record.name)]
     command += ["--backends", options.backends]
     command += ["--rehearse"] if options.rehearse else []
     command += ["--folder", str(library.folder)] if library.folder else []
     deadline = time.monotonic() + 60 * options.minutes
-    Supervisor(jobs, command, Journal(scratch / "journal"), deadline, keep).run()
+    Supervisor(jobs, command, Journal(journal), deadline, keep).run()
     path = gpu_record.write(record, out)
     passed, failed, skipped = record.suite.passed, record.suite.failed, record.suite.skipped
     print(f"{passed} passed, {len(failed)} failed, {len(skipped)} skipped; {path}")

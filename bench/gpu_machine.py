@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 import subprocess
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,27 +51,32 @@ def sources_sha256(root: Path = ROOT) -> str:
     return made.hexdigest()
 
 
-def find_library(library: Path | None, wheel: Path | None) -> Found:
+def find_library(
+    library: Path | None, wheel: Path | None, scratch: Path, *, dist: bool = True
+) -> Found:
     """What --library or --wheel names; else the newest wheel of dist/, else the tree's own.
+
+    Args:
+        scratch: an empty folder for it.
+        dist: whether wheels of dist/ count.
 
     Raises:
         FileNotFoundError: what is named is not there, or a wheel holds no library.
     """
     if library is not None:
-        return _alone(library)
+        return _alone(library, scratch)
     wheels = sorted((ROOT / "dist").glob("*.whl"), key=lambda p: p.stat().st_mtime)
-    if wheel is not None or wheels:
-        return _from_wheel(wheel or wheels[-1])
+    if wheel is not None or (dist and wheels):
+        return _from_wheel(wheel or wheels[-1], scratch)
     built = ROOT / "python" / "permattn" / LIBRARY
     if built.exists():
-        return _alone(built)
+        return _alone(built, scratch)
     return Found(None, why_not="no native library is at hand: neither dist/*.whl nor " + LIBRARY)
 
 
-def _alone(library: Path) -> Found:
+def _alone(library: Path, folder: Path) -> Found:
     if not library.exists():
         raise FileNotFoundError(f"--library: no such file: {library}")
-    folder = Path(tempfile.mkdtemp(prefix="permattn-native-"))
     (folder / LIBRARY).symlink_to(library.resolve())
     report = library.parent / REPORT
     if report.exists():
@@ -80,10 +84,9 @@ def _alone(library: Path) -> Found:
     return Found(folder, sha256_of(library))
 
 
-def _from_wheel(wheel: Path) -> Found:
+def _from_wheel(wheel: Path, folder: Path) -> Found:
     if not wheel.exists():
         raise FileNotFoundError(f"--wheel: no such file: {wheel}")
-    folder = Path(tempfile.mkdtemp(prefix="permattn-native-"))
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         if f"permattn/{LIBRARY}" not in names:

@@ -181,13 +181,15 @@ def test_kernels_of_a_wheel_are_taken_out_of_it(tmp_path):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("permattn/_native.so", b"code")
         archive.writestr("permattn/_native_build.json", "{}")
-    found = gpu_machine.find_library(None, wheel)
+    folder = tmp_path / "native"
+    folder.mkdir()
+    found = gpu_machine.find_library(None, wheel, folder)
     assert (found.folder / "_native.so").read_bytes() == b"code"
     assert found.sha256 == hashlib.sha256(b"code").hexdigest()
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("permattn/x", "")
     with pytest.raises(FileNotFoundError, match=r"holds no permattn/_native\.so"):
-        gpu_machine.find_library(None, wheel)
+        gpu_machine.find_library(None, wheel, folder)
 
 
 FAST = (
