@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bench.bilevel_baselines import STAGES, Attend, Stage, attends, gather
 from bench.clock import Samples, Timing, measure, sample
+from bench.digits import rounded
 from bench.docs import RESULTS
 from bench.machine import ROOT, commit, describe, utc_now
 from bench.memory import peak_gb
@@ -229,14 +230,6 @@ def say(console: Console, row: dict[str, Any]) -> None:
             f"{x['over_best_other']:.2f}x {x['best_other']} ({times} ms)",
             highlight=False,
         )
-
-
-def rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.digits import rounded
+
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "results" / "gpu"
@@ -202,7 +204,7 @@ def write(record: Record, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record.name}.json"
     beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(_rounded(asdict(record)), indent=1) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(rounded(asdict(record)), indent=1) + "\n", encoding="utf-8")
     os.replace(beside, path)
     return path
 
@@ -253,12 +255,3 @@ def newest_by_device(found: Sequence[Record]) -> list[Record]:
     """The last record of every device, devices by name."""
     last = {r.device: r for r in found}
     return [last[device] for device in sorted(last)]
-
-
-def _rounded(value: Any) -> Any:
-    """Floats to six digits: what lies behind is noise."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list) else value

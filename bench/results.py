@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.clock import Samples
+from bench.digits import rounded
 from bench.gate import Verdict
 from bench.registry import CASES, Goal
 
@@ -136,16 +137,7 @@ def merge(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
     beside.write_text(
-        "".join(json.dumps(_rounded(asdict(r)), sort_keys=False) + "\n" for r in rows),
+        "".join(json.dumps(rounded(asdict(r)), sort_keys=False) + "\n" for r in rows),
         encoding="utf-8",
     )
     os.replace(beside, path)
-
-
-def _rounded(value: Any) -> Any:
-    """Floats to six digits: what lies behind is noise, and makes every diff unreadable."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list) else value

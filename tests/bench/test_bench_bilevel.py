@@ -12,6 +12,7 @@ from bench.bilevel_baselines import STAGES, Stage, attends, gather
 from bench.bilevel_pages import bilevel_section
 from bench.bilevel_pages import gpu_bilevel as gpu_page
 from bench.clock import Timing
+from bench.digits import rounded
 from bench.pages import performance_page
 
 SMALL = Stage("small", 2, 12, 2, 3, 4, head_dim=16)
@@ -56,7 +57,7 @@ def test_speed_of_a_small_stage_and_its_page():
         },
         "model": {"runs": [{"title": "forward", "ours": 1.0, "gather": 2.0, "gain": 2.0}]},
     }
-    page = bilevel_section(bilevel.rounded(found))
+    page = bilevel_section(rounded(found))
     assert "| small: 12x12, B=2, 2 heads of 16, 9 regions of 16, k=4 |" in page
     assert "4.5x; wanted: 8x, **missed**" in page and "| forward | 1 | 2 | 2.00x |" in page
     assert "Commit abc." in page
