@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import replays
 import torch
 from kernel_cases import BRAIN, HALF, WINDOW, Case, a_shape, dense, drawn
 from launches import Call, attend
 from permattn import testing
-from permattn.core import QuantSpec
+from permattn.backends.cuda import device
+from permattn.core import BlockIndex, QuantSpec
 from permattn.core.prologue import Prologue, RowTransform, pack_prologue
 from permattn.patterns.dense import plan_dense
 from permattn.testing import split_plan
@@ -20,9 +25,12 @@ from quantised_cases import QuantCase
 from replays import Recording
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
+import cuda_on_cpu
+
 # csrc/common/quant.h: Format and Layout.
 NONE, INT8, INT4, FP8 = range(4)
-ROWS, NIBBLES, FRAGMENTS = 0, 5, 6
+ROWS, FRAGMENTS = 0, 6
 
 
 @dataclass
@@ -68,6 +76,8 @@ ATTENTION = [
         dim_v=104,
         dtype=HALF,
     ),
+    Case("dim-96", drawn(128, 40, block_q=128, block_kv=40), dim=96, dim_v=80, dtype=BRAIN),
+    Case("dim-256", dense(40, 64), heads=1, dim=256, dim_v=256, dtype=BRAIN),
     Case("two-parts-one-launch", lambda: a_shape(100, sink=16), **WIDE, dtype=BRAIN),
     Case("carried-state", lambda: split_plan(40, 50, heads=1, seed=2), **WIDE, dtype=BRAIN),
     Case("negative-scale", dense(40, 70), **WIDE, dtype=BRAIN, scale=-0.3),
@@ -88,6 +98,7 @@ SMALL = [
         ("int8", "none"): permuted,
         ("int8", "int8"): causal,
         ("int8", "fp8"): permuted,
+        ("int4", "none"): permuted,
         ("int4", "int4"): permuted,
     }.items()
 ]
@@ -122,7 +133,7 @@ def prepare(
     slots = token.shape[2]
     groups = -(-slots // size)
     tensors, ints, floats = transform
-    shape: tuple[int, ...] = (1, 2, slots, dim // 2 if layout == NIBBLES else dim)
+    shape: tuple[int, ...] = (1, 2, slots, dim)
     if layout == FRAGMENTS:
         shape = (1, 2, groups, dim, size // 2 if fmt == INT4 else size)
     rows = torch.zeros(shape, dtype=x.dtype if fmt == NONE else torch.int8)
@@ -152,8 +163,6 @@ def compact() -> Made:
 
 
 def transpose() -> Made:
-    from permattn.core import BlockIndex
-
     index = BlockIndex.from_block_mask(drawn_numbers(1, 2, 40, 70) < 0, 64, 32)
     given = (index.kv_indices, index.row_offsets, index.kv_num_full)
     return operator("cuda_transpose", *given, *lists(2, 70, index.capacity))
@@ -191,28 +200,33 @@ def finish() -> Made:
     return operator("cuda_finish", acc, high, total, out, lse)
 
 
-def cases() -> Iterator[tuple[str, Made]]:
-    """(name, recordings of a case); needs the operators of the module."""
-    for case in ATTENTION:
-        yield f"attention-{case}", attention(case)
-    for case in SMALL:
-        yield f"attention-{case}", attention(case, 89)
-    plain: tuple = ([], [], [])
-    yield "prepare-norm-rope", prepare(BRAIN, 64, turned("rms", False, 2, 64, 100), INT8, 64, ROWS, False)
-    yield "prepare-across-heads", prepare(BRAIN, 40, turned("layer", True, 2, 40, 100), INT8, 16, ROWS, True)
-    yield "prepare-fragments", prepare(BRAIN, 200, plain, INT4, 128, FRAGMENTS, True)
-    yield "prepare-float32", prepare(torch.float32, 256, turned("rms", False, 2, 256, 100), FP8, 128, FRAGMENTS, True)
-    yield "statistics", statistics()
-    for make in (compact, transpose, order, pool, scores, strongest, finish):
-        yield make.__name__, make()
+PLAIN: tuple = ([], [], [])
+NORM = ("rms", False, 2)
+MADE: dict[str, Made] = {
+    **{f"attention-{c}": attention(c) for c in ATTENTION},
+    **{f"attention-{c}": attention(c, 89) for c in SMALL},
+    "prepare-norm-rope": prepare(BRAIN, 64, turned(*NORM, 64, 100), INT8, 64, ROWS, False),
+    "prepare-across-heads": prepare(
+        BRAIN, 40, turned("layer", True, 2, 40, 100), INT8, 16, ROWS, True
+    ),
+    "prepare-fragments": prepare(BRAIN, 200, PLAIN, INT4, 128, FRAGMENTS, True),
+    "prepare-float32": prepare(
+        torch.float32, 256, turned(*NORM, 256, 100), FP8, 128, FRAGMENTS, True
+    ),
+    **{f.__name__: f() for f in (statistics, compact, transpose, order)},
+    **{f.__name__: f() for f in (pool, scores, strongest, finish)},
+}
 
 
-NAMES = (
-    *(f"attention-{c}" for c in (*ATTENTION, *SMALL)),
-    "prepare-norm-rope",
-    "prepare-across-heads",
-    "prepare-fragments",
-    "prepare-float32",
-    "statistics",
-    *("compact", "transpose", "order", "pool", "scores", "strongest", "finish"),
-)
+shim_path = cuda_on_cpu.shim_path
+
+
+@pytest.fixture(scope="session")
+def recorded(shim: ModuleType, shim_path: str) -> Callable[[str], list[Recording]]:
+    """Recordings of a case by its name, made when they are first asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "SHIM", shim_path)
+        why = device.load_kernels.__wrapped__()
+    if why is not None:
+        pytest.skip(why)
+    return functools.cache(lambda name: MADE[name](shim))

@@ -79,6 +79,6 @@ inline void __syncwarp() {
   struct Meeting {
     int32_t warp;
   } meeting{fiber.warp};
-  shim::collective<Meeting>(
-      ~0U, meeting, [](Meeting** lanes) { shim::observe::lanes_met(lanes[0]->warp); });
+  shim::collective<Meeting>(~0U, meeting,
+                            [](Meeting** lanes) { shim::observe::lanes_met(lanes[0]->warp); });
 }

@@ -14,8 +14,10 @@ inline void check_shared(const void* p, size_t bytes, const char* what) {
 }
 
 inline void land(const Copy& copy) {
+  observe::goes_on(-1);
   std::memcpy(copy.to, copy.from, copy.valid);
   std::memset(static_cast<char*>(copy.to) + copy.valid, 0, 16 - copy.valid);
+  observe::goes_on(block->current->thread);
 }
 
 inline void finish(const Copy& copy) {

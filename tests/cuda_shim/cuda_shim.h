@@ -3,8 +3,8 @@
 #pragma once
 #include <cmath>
 
-// What a kernel calls. g++ does not instrument the store of a struct that a call returns, so nothing
-// is called where every access must be seen.
+// What a kernel calls. g++ does not instrument the store of a struct that a call returns, so
+// nothing is called where every access must be seen.
 #if defined(PERMATTN_SHIM_CHECKED)
 #define SHIM_DEVICE inline __attribute__((always_inline))
 #else

@@ -55,7 +55,8 @@ inline void launch(unsigned grid, int32_t threads, size_t shared_bytes,
   }
 }
 
-// kernel(args) as every thread of a grid, recorded or run or both; what a thread did wrong, or null.
+// kernel(args) as every thread of a grid, recorded or run or both; what a thread did wrong, or
+// null.
 template <class Args>
 const char* try_launch(void (*kernel)(Args), unsigned grid, int32_t threads, size_t shared_bytes,
                        const Args& args) {

@@ -1,4 +1,5 @@
-// What the checker of races hears of a launch (replay/checker.cpp); nothing where it is not built in.
+// What the checker of races hears of a launch (replay/checker.cpp); nothing where it is not built
+// in.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Launches as they were asked for, to be run by something else: a simulator of instructions, or code
-// that is compiled with checks. Kernels that cannot run here are always recorded.
+// Launches as they were asked for, to be run by something else: a simulator of instructions, or
+// code that is compiled with checks. Kernels that cannot run here are always recorded.
 #pragma once
 #include <dlfcn.h>
 

@@ -14,6 +14,7 @@ void add_attention_small(Registry& registry) {
   registry.add(kKernel<Dtype::kBFloat16, Format::kInt8, Format::kNone, 64>);
   registry.add(kKernel<Dtype::kFloat32, Format::kInt8, Format::kInt8, 64>);
   registry.add(kKernel<Dtype::kFloat32, Format::kInt8, Format::kFp8, 64>);
+  registry.add(kKernel<Dtype::kBFloat16, Format::kInt4, Format::kNone, 64>);
   registry.add(kKernel<Dtype::kFloat32, Format::kInt4, Format::kInt4, 64>);
 }
 

@@ -19,7 +19,7 @@ namespace {
 constexpr int32_t kNobody = -1;
 constexpr int32_t kMany = -2;
 constexpr uint32_t kManyBlocks = 0xFFFFFFFFU;
-constexpr size_t kMostTold = 8;
+constexpr size_t kMostTold = 4;
 
 // An address in the code; below kFirstAddress, the number of several, the innermost first.
 using Place = uintptr_t;
@@ -101,7 +101,8 @@ std::string line_of(Place place) {
 
 Access this_access(Place place) {
   const int32_t warp = checker.thread / 32;
-  return {checker.launches, checker.blocks, checker.thread, warp, checker.met, checker.warp_met[warp], place};
+  return {checker.launches, checker.blocks,         checker.thread, warp,
+          checker.met,      checker.warp_met[warp], place};
 }
 
 // Shared memory of two blocks is not the same.
@@ -249,9 +250,7 @@ void lanes_met(int32_t warp) { ++checker.warp_met[warp]; }
 
 #define HERE reinterpret_cast<uintptr_t>(__builtin_return_address(0))
 
-void reads(const void* from, size_t bytes) {
-  access(from, bytes, Kind::kRead, called_place(HERE));
-}
+void reads(const void* from, size_t bytes) { access(from, bytes, Kind::kRead, called_place(HERE)); }
 
 void copy_begins(const void* to, const void* from, size_t bytes_read) {
   const Place place = called_place(HERE);
@@ -285,10 +284,10 @@ void __tsan_func_exit() {
   if (!calls.empty()) calls.pop_back();
 }
 
-#define ACCESSES(bytes)                                                              \
-  void __tsan_read##bytes(void* p) { access(p, bytes, Kind::kRead, HERE); }            \
-  void __tsan_write##bytes(void* p) { access(p, bytes, Kind::kWrite, HERE); }          \
-  void __tsan_unaligned_read##bytes(void* p) { access(p, bytes, Kind::kRead, HERE); }  \
+#define ACCESSES(bytes)                                                               \
+  void __tsan_read##bytes(void* p) { access(p, bytes, Kind::kRead, HERE); }           \
+  void __tsan_write##bytes(void* p) { access(p, bytes, Kind::kWrite, HERE); }         \
+  void __tsan_unaligned_read##bytes(void* p) { access(p, bytes, Kind::kRead, HERE); } \
   void __tsan_unaligned_write##bytes(void* p) { access(p, bytes, Kind::kWrite, HERE); }
 ACCESSES(1)
 ACCESSES(2)

@@ -6,7 +6,8 @@
 //
 //   --seed N                        of the schedule
 //   --eager                         cp.async lands when it is issued
-//   --leave-out KIND:N              passes over the N-th barrier, warp-barrier or wait of all threads
+//   --leave-out KIND:N              passes over the N-th barrier, warp-barrier or wait of all
+//   threads
 //
 // Ends with 0 where nothing was found; 2 where a launch failed; 3 where the checker of races found
 // something; else as AddressSanitizer ends.
