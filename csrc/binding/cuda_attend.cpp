@@ -183,6 +183,10 @@ void add_results(AttentionArgs& args, const Tensor& q, const Tensor& out, const 
   args.total = optional_flat_floats_of(total, q, "total", rows);
 }
 
+int64_t items_of(const AttentionArgs& args) {
+  return static_cast<int64_t>(args.batch) * args.q_heads * items_per_head(args);
+}
+
 void add_tiles(AttentionArgs& args, const Tensor& q, const std::optional<Tensor>& order,
                const Config& config) {
   args.tiles_per_unit = static_cast<int32_t>(ceil_div(args.unit, config.block_m));
@@ -190,9 +194,10 @@ void add_tiles(AttentionArgs& args, const Tensor& q, const std::optional<Tensor>
   const int64_t blocks = static_cast<int64_t>(args.batch) * args.q_heads * tiles;
   narrow(blocks, 0, "tiles of all heads");
   args.num_tiles = static_cast<int32_t>(tiles);
+  args.tiles_per_item = cuda::tiles_per_item(config);
   if (!order.has_value()) return;
-  args.order =
-      static_cast<const int32_t*>(flat_data_of(*order, q, "order", ScalarType::Int, blocks));
+  args.order = static_cast<const int32_t*>(
+      flat_data_of(*order, q, "order", ScalarType::Int, items_of(args)));
 }
 
 Dtype half_dtype_of(const Tensor& x) {
@@ -226,7 +231,7 @@ const char* sort_rows(AttentionArgs& args, const Tensor& q, Tensor& order, void*
     const std::vector<int64_t> size = {count};
     return torch::stable::new_empty(q, size, ScalarType::Int);
   };
-  order = words(static_cast<int64_t>(args.batch) * args.q_heads * args.num_tiles);
+  order = words(items_of(args));
   Tensor scratch = words(cuda::order_scratch(args));
   auto* made = static_cast<int32_t*>(order.data_ptr());
   args.order = made;
@@ -276,7 +281,7 @@ void cuda_attend(const Tensor& q, std::optional<Tensor> q_scale, std::optional<T
     STD_TORCH_CHECK(n[0] % args.unit == 0 || args.unit >= args.num_q_slots,
                     "unit: must divide blocks of ", n[0], ", got ", args.unit);
   }
-  if (static_cast<int64_t>(args.batch) * args.q_heads * args.num_tiles == 0) return;
+  if (items_of(args) == 0) return;
   const Launcher launcher(q);
   Tensor sorted;
   if (header.sorts && !order.has_value()) {

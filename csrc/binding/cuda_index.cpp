@@ -67,22 +67,24 @@ void cuda_transpose(const Tensor& kv_indices, const Tensor& row_offsets, const T
   raise(cuda::launch_transpose(p, launcher.stream()), "cuda_transpose");
 }
 
-constexpr size_t kOrderHeader = 5;
+constexpr size_t kOrderHeader = 6;
 constexpr size_t kOrderIntsPerPart = 3;
 
-// `row_offsets` of every part; ints: B, Hq, tiles of a head, tiles of a unit, unit, and by part
-// block_q, block_kv, slots of keys. `order` is what cuda_attend takes.
+// `row_offsets` of every part; ints: B, Hq, tiles of a head, tiles of a unit, tiles of an item,
+// unit, and by part block_q, block_kv, slots of keys. `order` is what cuda_attend takes.
 void cuda_order(std::vector<Tensor> row_offsets, std::vector<int64_t> ints, const Tensor& order) {
   const size_t num_parts = row_offsets.size();
   STD_TORCH_CHECK(num_parts >= 1 && num_parts <= cuda::kMaxParts &&
                       ints.size() == kOrderHeader + num_parts * kOrderIntsPerPart,
-                  "cuda_order: wants 1 to 4 parts of 3 integers after 5 integers");
+                  "cuda_order: wants 1 to 4 parts of 3 integers after 6 integers");
   cuda::AttentionArgs args{};
   args.batch = narrow(ints[0], 0, "B");
   args.q_heads = narrow(ints[1], 0, "Hq");
   args.num_tiles = narrow(ints[2], 0, "tiles");
   args.tiles_per_unit = narrow(ints[3], 1, "tiles of a unit");
-  args.unit = narrow(ints[4], 1, "unit");
+  args.tiles_per_item = narrow(ints[4], 1, "tiles of an item");
+  STD_TORCH_CHECK(args.tiles_per_item <= 2, "tiles of an item: wants 1 or 2, got ", ints[4]);
+  args.unit = narrow(ints[5], 1, "unit");
   args.num_parts = static_cast<int32_t>(num_parts);
   // The first slot of the last unit.
   const int64_t last = static_cast<int64_t>((args.num_tiles - 1) / args.tiles_per_unit) * args.unit;

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../common/host_device.h"
 #include "../common/params.h"
 #include "../common/quant.h"
 #include "../common/token_rule.h"
@@ -61,10 +62,17 @@ struct AttentionArgs {
   int32_t unit;            // slots that lie in one block row of every part
   int32_t tiles_per_unit;  // tiles never cross a unit
   int32_t num_tiles;       // of one head
-  const int32_t* order;    // [B * Hq * num_tiles]: (b * Hq + h) * num_tiles + tile, longest first;
-                           // or null: tiles of a head from the last to the first
+  int32_t tiles_per_item;  // tiles of a head that one block of threads takes together
+  // [B * Hq * items_per_head]: (b * Hq + h) * items_per_head + item, longest first; or null: items
+  // of a head from the last to the first.
+  const int32_t* order;
   int32_t num_parts;
   PartArgs parts[kMaxParts];
 };
+
+// Items of work of one head; the last one may lack tiles.
+PERMATTN_HD constexpr int32_t items_per_head(const AttentionArgs& args) {
+  return (args.num_tiles + args.tiles_per_item - 1) / args.tiles_per_item;
+}
 
 }  // namespace permattn::cuda

@@ -45,6 +45,11 @@ const char* why_not(const Shape& shape);
 // Only for shapes that have a kernel.
 Config select_config(const Shape& shape);
 
+// AttentionArgs::tiles_per_item: sm90 kernels always take 128 queries, as one tile or as two.
+constexpr int32_t tiles_per_item(const Config& config) {
+  return config.family == Family::kSm90 && config.block_m == 64 ? 2 : 1;
+}
+
 // Shared memory that a block may have, in bytes.
 constexpr int64_t shared_limit(int32_t capability) {
   const bool is_small =

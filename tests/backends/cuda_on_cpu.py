@@ -48,3 +48,12 @@ def on_cpu(shim_path, monkeypatch):
 
     play(80)
     return play
+
+
+@pytest.fixture
+def one_thread():
+    """What torch adds up here is small, and its threads would wait for those of other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -7,8 +7,9 @@ from permattn.backends import cpu, reference
 from permattn.core import AttnPlan, QuantSpec
 from permattn.core.prepare import PrepareArgs, smoothing_of
 from permattn.core.problem import FwdArgs
-from permattn.core.prologue import Prologue, RowTransform
+from permattn.core.prologue import Prologue
 from permattn.patterns.dense import plan_dense
+from row_transforms import transform
 
 pytestmark = pytest.mark.skipif(not cpu.available_isas(), reason=f"{cpu.load()}")
 
@@ -111,22 +112,6 @@ def test_a_nan_in_a_group_is_a_nan_of_its_scale():
 def test_nothing_to_prepare(shape):
     rows, scales = cpu.prepare(PrepareArgs(torch.zeros(shape), fmt="int8"))
     assert rows.shape == shape and scales.numel() == 0
-
-
-def transform(norm, rope, across, *, heads=4, dim=40, tokens=100, dtype=torch.bfloat16):
-    g = torch.Generator().manual_seed(5)
-    width = heads * dim if across else dim
-    weight = bias = cos = sin = None
-    if norm != "none":
-        weight = (1 + 0.2 * torch.randn(width, generator=g)).to(dtype)
-        bias = (0.1 * torch.randn(width, generator=g)).to(dtype) if norm == "layer" else None
-    start, pairs = {"none": (0, 0), "whole": (0, dim // 2), "part": (7, dim // 2 - 3)}[rope]
-    if pairs:
-        angle = 6.3 * torch.rand(tokens - 2 * start, pairs, generator=g)
-        cos, sin = angle.cos(), angle.sin()
-    return lambda interleaved: RowTransform(
-        norm, weight, bias, 1e-5, across, cos, sin, start, interleaved
-    )
 
 
 @pytest.mark.parametrize("across", [False, True], ids=["per-head", "across-heads"])

@@ -29,7 +29,8 @@ class Call:
     """One call of the kernel's host side.
 
     Args:
-        order: an order of a head's tiles, for all heads; None = the kernel's own.
+        order: an order of a head's items of work (tiles; pairs of them where `Config` says so),
+            for all heads; None = the kernel's own.
         in_slots: k and v are brought into slot order before, where they are not quantised.
         run: as `run_here`.
     """
@@ -182,9 +183,10 @@ def _launch(shim, call: Call, run, out: Tensor, lse: Tensor, state) -> None:
     unit = math.gcd(*(p.index.block_q for p in run))
     args.unit, args.tiles_per_unit = unit, -(-unit // config.block_m)
     tiles = -(-perm.num_slots // unit) * args.tiles_per_unit
-    args.num_tiles = tiles
+    args.num_tiles, args.tiles_per_item = tiles, config.tiles_per_item
     if call.order is not None:
-        first = torch.arange(batch * heads)[:, None] * tiles
+        items = -(-tiles // config.tiles_per_item)
+        first = torch.arange(batch * heads)[:, None] * items
         args.order = made.pointer((first + call.order[None]).int().contiguous())
     for part in run:
         args.add_part(_part(shim, made, call, part, config))
@@ -195,27 +197,27 @@ def _small(shim, value: Tensor, computed) -> Tensor:
     return nibbles(value) if computed == shim.Format.int4 else value.contiguous()
 
 
+def _as_they_are(made: _Args, call: Call, x: Tensor, perm: Permutation):
+    """k or v that is not quantised, and its heads."""
+    if call.in_slots:
+        x = _rows(x, perm, call.q.shape[1]).to(x.dtype)
+    return made.tensor(x), x.shape[1]
+
+
 def _part(shim, made: _Args, call: Call, part: AttnPart, config):
     quant, index, perm = call.plan.quant, part.index, part.kv_perm
     made_part = shim.PartArgs()
-    made_part.k_heads = made_part.v_heads = call.k.shape[1]
-    if quant.qk == "none" and call.in_slots:
-        rows = _rows(call.k, perm, call.q.shape[1]).to(call.k.dtype)
-        made_part.k, made_part.k_heads = made.tensor(rows), rows.shape[1]
-        made_part.k_in_slots = True
-    elif quant.qk == "none":
-        made_part.k = made.tensor(call.k)
+    if quant.qk == "none":
+        made_part.k, made_part.k_heads = _as_they_are(made, call, call.k, perm)
+        made_part.k_in_slots = call.in_slots
     else:
         rows = _rows(call.k, perm, call.q.shape[1])
         value, scale = quantise(rows, FORMATS[quant.qk], quant.kv_rows_per_scale)
         made_part.k, made_part.k_heads = made.tensor(_small(shim, value, config.qk)), rows.shape[1]
         made_part.k_scale = made.pointer(scale.contiguous())
-    if quant.pv == "none" and call.in_slots:
-        rows = _rows(call.v, perm, call.q.shape[1]).to(call.v.dtype)
-        made_part.v, made_part.v_heads = made.tensor(rows), rows.shape[1]
-        made_part.v_in_slots = True
-    elif quant.pv == "none":
-        made_part.v = made.tensor(call.v)
+    if quant.pv == "none":
+        made_part.v, made_part.v_heads = _as_they_are(made, call, call.v, perm)
+        made_part.v_in_slots = call.in_slots
     else:
         rows = _rows(call.v, perm, call.q.shape[1])
         packed = config.pv == shim.Format.int4

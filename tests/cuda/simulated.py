@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 FAMILY = ROOT / "csrc" / "cuda" / "sm90"
 MADE = ROOT / "build" / "ptx"
+# Where an operator makes tensors of its own, whose places nobody tells.
+ANYWHERE = ptxsim.Region("memory of this process", 4096, (1 << 47) - 8192)
 
 
 def nvcc() -> str | None:
@@ -70,23 +74,40 @@ class Simulator:
     Args:
         processors: of the device that launches are made for: blocks at most.
         options: of `ptxsim.launch`.
+        ran: lines of PTX.
     """
 
     processors: int = 2
     options: dict = field(default_factory=dict)
     kernels: list[str] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    ran: set[str] = field(default_factory=set)
 
     def __call__(self, shim, args, config, tensors: list[Tensor]) -> None:
-        shim.set_processors(self.processors)
-        shim.take_recorded()
-        shim.attend(args, config)
-        ((kernel, blocks, threads, shared_bytes, parameters),) = shim.take_recorded()
-        self.kernels.append(kernel)
-        self.blocks.append(blocks)
         places = {x.untyped_storage().data_ptr(): x for x in tensors if x.numel()}
-        ptxsim.launch(
-            *(ptx_of(kernel), None, blocks, threads, shared_bytes, parameters),
-            list(places.values()),
-            **self.options,
-        )
+        with self.taking_launches(shim, list(places.values())):
+            shim.attend(args, config)
+
+    @contextlib.contextmanager
+    def taking_launches(self, shim, memory: list) -> Iterator[None]:
+        """Launches inside are run at once; kernels may touch `memory`."""
+
+        def run(kernel: str, blocks: int, threads: int, shared_bytes: int, parameters) -> None:
+            self.kernels.append(kernel)
+            self.blocks.append(blocks)
+            ptx = ptx_of(kernel)
+            facts = (ptx, None, blocks, threads, shared_bytes, parameters, memory)
+            report = ptxsim.launch(*facts, **self.options)
+            lines = ptx.splitlines()
+            self.ran |= {lines[n - 1] for n in report.lines}
+
+        shim.set_processors(self.processors)
+        shim.run_launches_with(run)
+        try:
+            yield
+        finally:
+            shim.run_launches_with(None)
+
+    def executed(self, opcode: str) -> bool:
+        """Whether an instruction that begins so ran in any launch."""
+        return any(opcode in line for line in self.ran)

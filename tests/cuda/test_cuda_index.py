@@ -13,18 +13,9 @@ from permattn.core.selection import pooled_blocks, strongest_of
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
-from cuda_on_cpu import on_cpu, shim_path  # noqa: F401
+from cuda_on_cpu import on_cpu, one_thread, shim_path  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("on_cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """What torch adds up here is small, and its threads would wait for those of other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("on_cpu", "one_thread")
 
 
 def ops():
@@ -84,11 +75,12 @@ def test_lists_turn_as_the_core_turns_them(shape, density):
     assert_lists(found, index.transpose(shape[3]))
 
 
+@pytest.mark.parametrize("per_item", [1, 2], ids=["tiles", "pairs"])
 @pytest.mark.parametrize(
     ("batch", "heads", "units", "tiles_per_unit"),
-    [(1, 1, 1, 1), (2, 3, 5, 2), (1, 1, 40, 1), (1, 4, 300, 2), (1, 2, 700, 3)],
+    [(1, 1, 1, 1), (2, 3, 5, 2), (2, 3, 7, 1), (1, 1, 40, 1), (1, 4, 300, 2), (1, 2, 701, 3)],
 )
-def test_tiles_come_longest_first(batch, heads, units, tiles_per_unit):
+def test_items_come_longest_first(batch, heads, units, tiles_per_unit, per_item):
     """Two parts of other blocks; lists of one head, or of all; lengths of one byte and of two."""
     g, unit = torch.Generator().manual_seed(2), 128
     for slots in (3200, 90000):
@@ -102,10 +94,14 @@ def test_tiles_come_longest_first(batch, heads, units, tiles_per_unit):
             of_unit = length.repeat_interleave(block_q // unit, -1)[..., :units]
             keys = keys + of_unit * block_kv
         tiles = units * tiles_per_unit
-        want = keys.repeat_interleave(tiles_per_unit, -1).flatten()
+        keys = keys.repeat_interleave(tiles_per_unit, -1)
+        # The last item may lack a tile.
+        keys = torch.nn.functional.pad(keys, (0, -tiles % per_item))
+        want = keys.unflatten(-1, (-1, per_item)).sum(-1).flatten()
         want = want.sort(descending=True, stable=True).indices.int()
         found = torch.full_like(want, -1)
-        ops().cuda_order(offsets, [batch, heads, tiles, tiles_per_unit, unit, *ints], found)
+        sizes = [batch, heads, tiles, tiles_per_unit, per_item, unit]
+        ops().cuda_order(offsets, [*sizes, *ints], found)
         assert torch.equal(found, want)
 
 

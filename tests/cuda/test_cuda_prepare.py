@@ -17,24 +17,16 @@ from permattn.core.quant import FORMATS
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
-from cuda_on_cpu import on_cpu, shim_path  # noqa: F401
+from cuda_on_cpu import on_cpu, one_thread, shim_path  # noqa: F401
+from row_transforms import transform
 
-pytestmark = pytest.mark.usefixtures("on_cpu")
+pytestmark = pytest.mark.usefixtures("on_cpu", "one_thread")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NAMES = ("none", "int8", "int4", "fp8")
 # csrc/common/quant.h: Layout.
 ROWS, NIBBLES, FRAGMENTS = 0, 5, 6
 dtype_id = {"ids": lambda x: str(x).removeprefix("torch.")}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """What torch adds up here is small, and its threads would wait for those of other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def packed(transform: RowTransform | None):
@@ -208,9 +200,9 @@ def test_rows_in_no_slot_are_never_read(fmt):
     perm = testing.random_permutation(120, heads=2, holes=7, keep=0.6, generator=g)
     dirty = x.masked_fill((perm.slot_of_token < 0)[..., None], float("nan"))
     t = RowTransform("layer", torch.rand(24), torch.rand(24) + 1)
-    for transform in (None, t):
+    for made in (None, t):
         clean, found = (
-            prepare(PrepareArgs(y, perm.token_of_slot, transform, fmt=fmt, rows_per_scale=16))
+            prepare(PrepareArgs(y, perm.token_of_slot, made, fmt=fmt, rows_per_scale=16))
             for y in (x, dirty)
         )
         assert torch.equal(clean[0], found[0]) and torch.equal(clean[1], found[1])
@@ -249,22 +241,6 @@ def test_what_is_no_number_spoils_its_group_alone(fmt, value):
         assert torch.equal(rows[fine], want.view(torch.int8)[fine])
 
 
-def turning(norm, rope, across, *, heads=4, dim=40, tokens=100):
-    g = torch.Generator().manual_seed(6)
-    width = heads * dim if across else dim
-    weight = bias = cos = sin = None
-    if norm != "none":
-        weight = (1 + 0.2 * torch.randn(width, generator=g)).bfloat16()
-        bias = 0.1 * torch.randn(width, generator=g) if norm == "layer" else None
-    start, pairs = {"none": (0, 0), "whole": (0, dim // 2), "part": (7, dim // 2 - 3)}[rope]
-    if pairs:
-        angle = 6.3 * torch.rand(tokens - 2 * start, pairs, generator=g)
-        cos, sin = angle.cos(), angle.sin()
-    return lambda interleaved: RowTransform(
-        norm, weight, bias, 1e-5, across, cos, sin, start, interleaved
-    )
-
-
 @pytest.mark.parametrize("across", [False, True], ids=["per-head", "across-heads"])
 @pytest.mark.parametrize("rope", ["none", "whole", "part"])
 @pytest.mark.parametrize("norm", ["none", "rms", "layer"])
@@ -272,7 +248,7 @@ def test_transformed_rows_are_within_a_step(norm, rope, across):
     g = torch.Generator().manual_seed(7)
     # A width of whole chunks, and two in which halves begin inside of one.
     for dim, dtype in ((64, torch.bfloat16), (40, torch.float16), (44, torch.float32)):
-        make = turning(norm, rope, across, dim=dim)
+        make = transform(norm, rope, across, dim=dim)
         x = (3 * torch.randn(2, 4, 100, dim, generator=g) + 0.5).to(dtype)
         token = testing.random_permutation(100, heads=4, holes=5, generator=g).token_of_slot
         for interleaved in (False, True):
@@ -295,7 +271,7 @@ def test_dots_are_those_of_the_transformed_rows(norm):
     perm = testing.random_permutation(100, heads=4, holes=5, keep=0.8, generator=g)
     against = torch.randn(2, 2, 40, generator=g)
     factor = torch.rand(2, 4, 40, generator=g)
-    t = turning(norm, "whole", False)(True)
+    t = transform(norm, "whole", False)(True)
     dots = torch.full((2, 4, 100), float("nan"))
     args = PrepareArgs(x, perm.token_of_slot, t, None, factor, "int8", 16)
     rows, _ = prepare(args, against=against, dots=dots)
@@ -312,7 +288,7 @@ def test_sums_and_extremes_of_columns(tokens, across):
     """1301 tokens: more than a run, and not a multiple of anything."""
     g = torch.Generator().manual_seed(9)
     for norm, rope, dtype in (("none", "none", torch.bfloat16), ("layer", "part", torch.float32)):
-        t = turning(norm, rope, across, tokens=tokens)(False)
+        t = transform(norm, rope, across, tokens=tokens)(False)
         x = (torch.randn(2, 4, tokens, 40, generator=g) + 3).to(dtype)
         seen = torch.rand(1, 4, tokens, generator=g) < 0.7
         seen[:, 1] = False

@@ -64,6 +64,17 @@ CASES = [
         dtype=BRAIN,
         spec=spec("int8", "none", 32),
     ),
+    *(
+        QuantCase(
+            f"d256-{qk}-none",
+            drawn(70, 90, permuted=True, holes=5, block_q=32, block_kv=64),
+            dim=256,
+            dim_v=200,
+            dtype=BRAIN,
+            spec=spec(qk, "none", 32),
+        )
+        for qk in ("int8", "int4")
+    ),
     QuantCase(
         "groups-of-8-keys",
         drawn(90, 100, permuted=True, block_q=32, block_kv=32),

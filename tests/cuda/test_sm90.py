@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -18,15 +19,19 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 WIDE = {"dim": 64, "dim_v": 64}
 
 
-def pairs_of_lists() -> AttnPlan:
+def pairs_of_lists(rows: int) -> Callable[[], AttnPlan]:
     """Blocks of 64 queries whose neighbours share some key blocks, and one that has none."""
-    lists = [[0, 1, 3], [1, 2, 3], [], [3, 0]]
-    mask = torch.zeros(4, 4, dtype=torch.bool)
-    for row, listed in enumerate(lists):
-        mask[row, listed] = True
-    perm = Permutation.identity(250)
-    index = BlockIndex.from_block_mask(mask, 64, 64)
-    return AttnPlan((AttnPart(perm, perm, index, TokenBand()),))
+    lists = [[0, 1, 3], [1, 2, 3], [], [3, 0], [0, 1, 2, 3]][:rows]
+
+    def plan() -> AttnPlan:
+        mask = torch.zeros(rows, 4, dtype=torch.bool)
+        for row, listed in enumerate(lists):
+            mask[row, listed] = True
+        q_perm, kv_perm = Permutation.identity(64 * rows - 6), Permutation.identity(250)
+        index = BlockIndex.from_block_mask(mask, 64, 64)
+        return AttnPlan((AttnPart(q_perm, kv_perm, index, TokenBand()),))
+
+    return plan
 
 
 CASES = [
@@ -41,7 +46,7 @@ CASES = [
         dim_v=128,
         dtype=BRAIN,
     ),
-    Case("pairs-of-lists", pairs_of_lists, heads=1, dim=128, dim_v=128, dtype=BRAIN),
+    Case("pairs-of-lists", pairs_of_lists(4), heads=1, dim=128, dim_v=128, dtype=BRAIN),
     Case("empty-rows", drawn(130, 130, density=0.2, block_q=64, block_kv=64), **WIDE, dtype=BRAIN),
     Case(
         "gqa-different-orders",
@@ -84,8 +89,32 @@ def test_keys_in_slot_order_come_in_bulk(shim, eager):
     q, k, v, *_ = inputs = case.inputs(made)
     simulator = Simulator(options={"eager": eager})
     found = attend(shim, Call(q, k, v, made, case.scale, 90, in_slots=True, run=simulator))
+    # Rows of Q come one by one, whatever they hold.
+    assert simulator.executed("cp.async.bulk.tensor.4d")
     plain, exact = expected(made, inputs, case.scale)
-    assert_within(found[0], plain["out"], exact["out"], "out")
+    for name, value in zip(("out", "lse"), found, strict=True):
+        assert_within(value, plain[name], exact[name], name)
+
+
+def test_keys_of_tokens_in_another_order_are_gathered(shim):
+    case = Case("gathered", drawn(70, 90, heads=2, permuted=True), heads=2, **WIDE, dtype=BRAIN)
+    *_, simulator = run(shim, case)
+    assert simulator.kernels and not simulator.executed("cp.async.bulk.tensor")
+
+
+@pytest.mark.parametrize(
+    ("case", "items"),
+    [
+        (Case("tiles", dense(300, 300), heads=2, **WIDE, dtype=BRAIN), 3),
+        (Case("pairs", pairs_of_lists(5), heads=2, dim=128, dim_v=128, dtype=BRAIN), 3),
+    ],
+    ids=str,
+)
+def test_items_in_any_order_give_the_same_bits(shim, case, items):
+    first = run(shim, case)[2]
+    order = torch.arange(items).roll(1)
+    for a, b in zip(run(shim, case, order=order)[2], first, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_keys_that_no_query_sees_are_not_read(shim):

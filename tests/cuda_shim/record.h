@@ -4,8 +4,10 @@
 #include <dlfcn.h>
 
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace shim {
@@ -18,6 +20,8 @@ struct Recorded {
 };
 
 inline std::vector<Recorded> recorded;
+// Where it is set, launches go there while all that they point at is alive, and are not kept.
+inline std::function<void(const Recorded&)> run_launch;
 // Of the device that launches are made for.
 inline int32_t recorded_processors = 132;
 
@@ -32,8 +36,13 @@ inline std::string symbol_of(const void* function) {
 
 inline void record_launch(const char* kernel, int32_t blocks, int32_t threads, int64_t shared_bytes,
                           const void* parameters, size_t parameter_bytes) {
-  recorded.push_back({kernel, blocks, threads, shared_bytes,
-                      std::string(static_cast<const char*>(parameters), parameter_bytes)});
+  Recorded launch{kernel, blocks, threads, shared_bytes,
+                  std::string(static_cast<const char*>(parameters), parameter_bytes)};
+  if (run_launch) {
+    run_launch(launch);
+  } else {
+    recorded.push_back(std::move(launch));
+  }
 }
 
 }  // namespace shim

@@ -203,6 +203,45 @@ CASES = (
 )
 
 
+def banded(**options) -> AttnPlan:
+    return random_plan(100, 120, heads=2, batch=1, density=0.5, block_q=32, block_kv=32, **options)
+
+
+def holes_in_two_orders(tokens: int) -> AttnPlan:
+    """Near keys in token order and far ones permuted; both leave out keys 30..39."""
+    dropped = torch.zeros(1, 1, tokens, dtype=torch.bool)
+    dropped[..., 30:40] = True
+    g = torch.Generator().manual_seed(1)
+    parts = []
+    for q_perm, kv_perm, band in (
+        (Permutation.identity(tokens), Permutation.identity(tokens), TokenBand(0, 20)),
+        (
+            random_permutation(tokens, generator=g),
+            random_permutation(tokens, generator=g),
+            TokenBand(20),
+        ),
+    ):
+        kept = kv_perm.without_tokens(dropped)
+        index = random_index(
+            q_perm, kept, band, block_q=32, block_kv=16, density=0.9, heads=2, generator=g
+        )
+        parts.append(AttnPart(q_perm, kept, index, band))
+    return AttnPlan(tuple(parts))
+
+
+# Plans whose keys are not all seen by every head.
+POISONED = {
+    "unlisted-blocks": random_plan(100, 120, heads=2, density=0.1, block_q=32, block_kv=32),
+    "causal": banded(band=TokenBand(0)),
+    "inside-window": banded(band=TokenBand(None, -10)),
+    "window-of-two-ends": banded(band=TokenBand(-20, -5)),
+    "window-out-of-order": banded(band=WINDOW, permuted=True, holes=7),
+    "empty-band": banded(band=TokenBand(5, 5)),
+    "holes-among-queries": banded(permuted=True, holes=40, band=TokenBand(-8, -1)),
+    "holes-in-two-orders": holes_in_two_orders(110),
+}
+
+
 def gradients(out: Tensor, lse: Tensor, inputs: list[Tensor], dout: Tensor, dlse: Tensor):
     """dq, dk, dv of both results; lse counts only where a key was seen."""
     seen = torch.isfinite(lse)

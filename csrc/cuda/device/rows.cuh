@@ -40,6 +40,27 @@ PERMATTN_DEVICE void copy_rows(char* tile, int32_t thread, int32_t row_bytes,
   }
 }
 
+// Numbers of a word with their signs turned.
+template <Format kFormat>
+PERMATTN_DEVICE uint32_t negated(uint32_t word) {
+  if constexpr (kFormat == Format::kNone) {
+    return word ^ 0x80008000U;
+  } else {
+    // Two's complement of every number at once: what is carried stays below the sign bits.
+    constexpr uint32_t kSigns = kFormat == Format::kInt8 ? 0x80808080U : 0x88888888U;
+    constexpr uint32_t kOnes = kFormat == Format::kInt8 ? 0x01010101U : 0x11111111U;
+    return ((~word & ~kSigns) + kOnes) ^ (~word & kSigns);
+  }
+}
+
+// The largest of a row's scores is looked for before they are scaled, so the scale must be
+// positive: where it is not, -Q takes the place of Q.
+template <Format kFormat, int kThreads, int kBytes>
+PERMATTN_DEVICE void negate_queries(int32_t thread, char* tile) {
+  auto* words = reinterpret_cast<uint32_t*>(tile);
+  for (int i = thread; i < kBytes / 4; i += kThreads) words[i] = negated<kFormat>(words[i]);
+}
+
 // Rows of keys or values that lanes of a tile stand for.
 template <class Layout, int kThreads, int kBlockN>
 PERMATTN_DEVICE void copy_lanes(char* tile, int32_t thread, const LaneTile<kBlockN>& lanes,

@@ -40,7 +40,7 @@ PERMATTN_GLOBAL void __launch_bounds__(kSumThreads)
 PERMATTN_GLOBAL void __launch_bounds__(kSumThreads)
     order_kernel(const __grid_constant__ OrderArgs args) {
   PERMATTN_DYNAMIC_SHARED(shared);
-  order_tiles(args, shared);
+  order_items(args, shared);
 }
 
 template <Dtype kDtype>
@@ -116,13 +116,13 @@ const char* launch_transpose(const TransposeParams& p, void* stream) {
 }
 
 int64_t order_scratch(const AttentionArgs& a) {
-  return 3 * static_cast<int64_t>(a.batch) * a.q_heads * a.num_tiles;
+  return 3 * static_cast<int64_t>(a.batch) * a.q_heads * items_per_head(a);
 }
 
 const char* launch_order(const AttentionArgs& a, int32_t* order, uint32_t* scratch, void* stream) {
   const int64_t count = order_scratch(a) / 3;
   if (count == 0) return nullptr;
-  if (count > INT32_MAX / 4) return "order: too many tiles";
+  if (count > INT32_MAX / 4) return "order: too many items";
   index::OrderArgs args{a, 0, 0, order, scratch};
   for (int32_t i = 0; i < a.num_parts; ++i) {
     args.lanes_per_step = std::gcd(args.lanes_per_step, a.parts[i].block_kv);
@@ -131,7 +131,8 @@ const char* launch_order(const AttentionArgs& a, int32_t* order, uint32_t* scrat
   int64_t most = 0;
   for (int32_t i = 0; i < a.num_parts; ++i) {
     const int64_t block = a.parts[i].block_kv;
-    most += blocks_for(a.parts[i].num_slots, block) * (block / args.lanes_per_step);
+    most +=
+        blocks_for(a.parts[i].num_slots, block) * (block / args.lanes_per_step) * a.tiles_per_item;
   }
   for (args.passes = 1; args.passes < 4 && most >> (args.passes * index::kDigitBits) != 0;) {
     ++args.passes;

@@ -39,8 +39,8 @@ struct TransposeParams {
 int64_t transpose_scratch(const TransposeParams& params);
 const char* launch_transpose(const TransposeParams& params, void* stream);
 
-// AttentionArgs::order: tiles by the keys that their lists hold, the longest first, equals in order
-// of number. Reads batch, q_heads, tiles and parts of the args.
+// AttentionArgs::order: items by the keys that the lists of their tiles hold, the longest first,
+// equals in order of number. Reads batch, q_heads, tiles and parts of the args.
 int64_t order_scratch(const AttentionArgs& args);  // words
 const char* launch_order(const AttentionArgs& args, int32_t* order, uint32_t* scratch,
                          void* stream);

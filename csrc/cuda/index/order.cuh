@@ -1,4 +1,4 @@
-// Tiles of queries by the keys that they look at, the longest first: a stable sort by digits of one
+// Items of work by the keys that they look at, the longest first: a stable sort by digits of one
 // block of threads, as there are no more tiles than tens of thousands.
 #pragma once
 #include "lists.cuh"
@@ -16,21 +16,25 @@ struct OrderArgs {
   int32_t lanes_per_step;  // divides what every entry of a list stands for
   int32_t passes;
   int32_t* order;
-  uint32_t* scratch;  // [3][tiles of all heads]
+  uint32_t* scratch;  // [3][items of all heads]
 };
 
 // The order of lengths, turned round.
 PERMATTN_DEVICE uint32_t order_key(const OrderArgs& args, int32_t at) {
   const cuda::AttentionArgs& a = args.a;
-  const int32_t tile = at % a.num_tiles, head = at / a.num_tiles;
-  const int32_t first = tile / a.tiles_per_unit * a.unit;
+  const int32_t of_head = cuda::items_per_head(a);
+  const int32_t item = at % of_head, head = at / of_head;
   uint32_t steps = 0;
-  for (int32_t i = 0; i < a.num_parts; ++i) {
-    const auto& part = a.parts[i];
-    const int32_t* offsets = part.row_offsets.row(head / a.q_heads, head % a.q_heads);
-    const int32_t row = first / part.block_q;
-    steps += static_cast<uint32_t>(offsets[row + 1] - offsets[row]) *
-             static_cast<uint32_t>(part.block_kv / args.lanes_per_step);
+  for (int32_t tile = item * a.tiles_per_item;
+       tile < a.num_tiles && tile < (item + 1) * a.tiles_per_item; ++tile) {
+    const int32_t first = tile / a.tiles_per_unit * a.unit;
+    for (int32_t i = 0; i < a.num_parts; ++i) {
+      const auto& part = a.parts[i];
+      const int32_t* offsets = part.row_offsets.row(head / a.q_heads, head % a.q_heads);
+      const int32_t row = first / part.block_q;
+      steps += static_cast<uint32_t>(offsets[row + 1] - offsets[row]) *
+               static_cast<uint32_t>(part.block_kv / args.lanes_per_step);
+    }
   }
   return ~steps;
 }
@@ -123,8 +127,8 @@ PERMATTN_DEVICE void swap(uint32_t*& a, uint32_t*& b) {
   b = was;
 }
 
-PERMATTN_DEVICE void order_tiles(const OrderArgs& args, char* shared) {
-  const int32_t count = args.a.batch * args.a.q_heads * args.a.num_tiles;
+PERMATTN_DEVICE void order_items(const OrderArgs& args, char* shared) {
+  const int32_t count = args.a.batch * args.a.q_heads * cuda::items_per_head(args.a);
   uint32_t *keys = args.scratch, *to_keys = keys + count, *items = keys + 2 * count;
   auto* to_items = reinterpret_cast<uint32_t*>(args.order);
   // The last pass writes to `order`.

@@ -80,7 +80,7 @@ PERMATTN_DEVICE void attend(const AttentionArgs& args, char* shared) {
   ptx::cp_async_wait<0>();
   __syncthreads();
   if (args.scale_log2 < 0.0F) {
-    negate_queries<T>(thread, q_tile);
+    device::negate_queries<T::kQk, T::kThreads, T::kQBytes>(thread, q_tile);
     __syncthreads();
   }
   QueryRows<T> q;

@@ -18,27 +18,6 @@ PERMATTN_DEVICE void copy_queries(const AttentionArgs& args, const device::Query
       });
 }
 
-// Numbers of a word with their signs turned.
-template <class T>
-PERMATTN_DEVICE uint32_t negated(uint32_t word) {
-  if constexpr (T::kQuantisedQk) {
-    // Two's complement of every number at once: what is carried stays below the sign bits.
-    constexpr uint32_t kSigns = T::kQk == Format::kInt8 ? 0x80808080U : 0x88888888U;
-    constexpr uint32_t kOnes = T::kQk == Format::kInt8 ? 0x01010101U : 0x11111111U;
-    return ((~word & ~kSigns) + kOnes) ^ (~word & kSigns);
-  } else {
-    return word ^ 0x80008000U;
-  }
-}
-
-// The largest of a row's scores is looked for before they are scaled, so the scale must be
-// positive: where it is not, -Q takes the place of Q.
-template <class T>
-PERMATTN_DEVICE void negate_queries(int32_t thread, char* q_tile) {
-  auto* words = reinterpret_cast<uint32_t*>(q_tile);
-  for (int i = thread; i < T::kQBytes / 4; i += T::kThreads) words[i] = negated<T>(words[i]);
-}
-
 // Scales of a tile's rows times the softmax's, in shared memory.
 template <class T>
 PERMATTN_DEVICE void stage_factors(const AttentionArgs& args, const device::QueryTile& tile,

@@ -1,5 +1,6 @@
 // The warpgroup that feeds the two others: queries of an item, then keys and values tile by tile.
 #pragma once
+#include "../device/rows.cuh"
 #include "../primitives/tma.cuh"
 #include "../primitives/warpgroup.cuh"
 #include "key_walk.cuh"
@@ -10,11 +11,12 @@ namespace permattn::sm90 {
 constexpr int kFeedThreads = ptx::kWarpgroupThreads;
 constexpr int kFeedBarrier = 1;
 static_assert(kFeedThreads == kHalves * kHalfRows);
-constexpr int kChunkBytes = 16;  // what one cp.async copies
+using device::kChunkBytes;
 // No tensor has so many rows: boxes that begin here are zeros.
 constexpr int32_t kNowhere = 1 << 30;
 
-// Copies Layout's rows asynchronously. address(row): where a row begins; null: it is zeros, as are
+// device::copy_rows with a loop in place of constants, as this warpgroup has few registers: copies
+// Layout's rows asynchronously. address(row): where a row begins; null: it is zeros, as are
 // bytes past row_bytes. Threads stand on rows of one panel after the other: a thread's rows are
 // swizzled alike.
 template <class Layout, class Address>
@@ -86,7 +88,7 @@ class Feed {
   }
 
   PERMATTN_DEVICE void feed_item(int32_t i) {
-    const bool is_shared = launch_.tiles_per_item == 1;
+    const bool is_shared = args_.tiles_per_item == 1;
     describe(i, is_shared);
     sync();
     bool has_keys = false;
@@ -186,21 +188,12 @@ class Feed {
     late_.add(books_.barriers, T::kFullQ);
   }
 
-  // The largest of a row's scores is looked for before they are scaled, so the scale must be
-  // positive: where it is not, -Q takes the place of Q.
   PERMATTN_DEVICE void negate_queries(char* tiles) {
     ptx::cp_async_commit();
     late_.flush(books_.barriers);
     ptx::cp_async_wait<0>();
     sync();
-    auto* words = reinterpret_cast<uint32_t*>(tiles);
-#pragma unroll 1
-    for (int i = thread_; i < kHalves * T::QLayout::kBytes / 4; i += kFeedThreads) {
-      const uint32_t word = words[i];
-      // Bytes in two's complement: what is carried stays below the sign bits.
-      words[i] = T::kQuantisedQk ? ((~word & 0x7F7F7F7FU) + 0x01010101U) ^ (~word & 0x80808080U)
-                                 : word ^ 0x80008000U;
-    }
+    device::negate_queries<T::kQk, kFeedThreads, kHalves * T::QLayout::kBytes>(thread_, tiles);
   }
 
   // Boxes of consecutive slots, panel by panel, by one warp.

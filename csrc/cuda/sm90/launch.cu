@@ -111,18 +111,14 @@ int32_t num_processors() {
 }
 
 template <class T>
-const char* launch(const AttentionArgs& args, const cuda::Config& config, const char* kernel,
-                   void* stream) {
-  const WorkItems items = work_items(args, config);
-  const int64_t all = static_cast<int64_t>(items.per_head) * args.q_heads * args.batch;
+const char* launch(const AttentionArgs& args, const char* kernel, void* stream) {
+  const int64_t all = static_cast<int64_t>(items_per_head(args)) * args.q_heads * args.batch;
   if (all > INT32_MAX) return "a launch takes up to 2^31 - 1 tiles of queries";
   const int32_t processors = num_processors();
   if (processors < 1) return "the device does not tell how many processors it has";
   LaunchArgs made{};
   made.attention = args;
   made.num_items = static_cast<int32_t>(all);
-  made.items_per_head = items.per_head;
-  made.tiles_per_item = items.tiles_per_item;
   for (int i = 0; i < args.num_parts; ++i) make_maps<T>(args, args.parts[i], &made.maps[i]);
   const int32_t blocks = made.num_items < processors ? made.num_items : processors;
 #if defined(__CUDACC__)
@@ -134,15 +130,6 @@ const char* launch(const AttentionArgs& args, const cuda::Config& config, const 
   return nullptr;
 #endif
 }
-
-}  // namespace
-
-WorkItems work_items(const AttentionArgs& args, const cuda::Config& config) {
-  if (config.block_m == kHalfRows) return {(args.num_tiles + 1) / 2, 2};
-  return {args.num_tiles, 1};
-}
-
-namespace {
 
 // visitor(Kernel<T>{}, name) of the kernel of a config.
 template <class T>
@@ -167,7 +154,7 @@ const char* visit_kernel(const cuda::Config& config, Dtype dtype, const Visitor&
 
 const char* launch_attend(const AttentionArgs& args, const cuda::Config& config, void* stream) {
   return visit_kernel(config, args.out_dtype, [&]<class T>(Kernel<T>, const char* name) {
-    return launch<T>(args, config, name, stream);
+    return launch<T>(args, name, stream);
   });
 }
 

@@ -24,10 +24,7 @@ struct PartMaps {
 // The one parameter of a kernel.
 struct LaunchArgs {
   AttentionArgs attention;
-  // Items of work: tiles of 128 queries, or pairs of tiles of 64 that may have different lists.
-  int32_t num_items;
-  int32_t items_per_head;
-  int32_t tiles_per_item;  // 1 or 2
+  int32_t num_items;  // tiles of 128 queries, or pairs of tiles of 64 that may have other lists
   PartMaps maps[cuda::kMaxParts];
 };
 
@@ -167,14 +164,15 @@ struct Turn {
 // from the last to the first.
 PERMATTN_DEVICE device::QueryTile half_tile(const LaunchArgs& launch, int32_t i, int32_t half) {
   const AttentionArgs& args = launch.attention;
-  int32_t head = i / launch.items_per_head;
-  int32_t item = launch.items_per_head - 1 - (i - head * launch.items_per_head);
+  const int32_t of_head = items_per_head(args);
+  int32_t head = i / of_head;
+  int32_t item = of_head - 1 - (i - head * of_head);
   if (args.order != nullptr) {
     const int32_t named = args.order[i];
-    head = named / launch.items_per_head;
-    item = named - head * launch.items_per_head;
+    head = named / of_head;
+    item = named - head * of_head;
   }
-  const bool is_pair = launch.tiles_per_item == 2;
+  const bool is_pair = args.tiles_per_item == 2;
   const int32_t tile = is_pair ? 2 * item + half : item;
   const int32_t unit = tile / args.tiles_per_unit;
   const int32_t inside =

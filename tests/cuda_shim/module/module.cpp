@@ -128,6 +128,7 @@ void bind_structs(py::module_& m) {
       .def_readwrite("unit", &AttentionArgs::unit)
       .def_readwrite("tiles_per_unit", &AttentionArgs::tiles_per_unit)
       .def_readwrite("num_tiles", &AttentionArgs::num_tiles)
+      .def_readwrite("tiles_per_item", &AttentionArgs::tiles_per_item)
       .def("add_part", [](AttentionArgs& a, const PartArgs& part) {
         if (a.num_parts == cuda::kMaxParts) throw std::invalid_argument("too many parts");
         a.parts[a.num_parts++] = part;
@@ -150,6 +151,8 @@ void bind_structs(py::module_& m) {
       .def_readonly("block_n", &Config::block_n)
       .def_readonly("warps", &Config::warps)
       .def_readonly("stages", &Config::stages)
+      .def_property_readonly("tiles_per_item",
+                             [](const Config& c) { return cuda::tiles_per_item(c); })
       .def_readonly("qk", &Config::qk)
       .def_readonly("pv", &Config::pv);
 }
@@ -193,12 +196,23 @@ PYBIND11_MODULE(permattn_cuda_shim, m) {
   m.def("load_matrices", &fixtures::load_matrices);
   m.def("e4m3_bits", &shim::e4m3_bits);
   // (kernel, blocks, threads, bytes of shared memory, parameters) of launches since the last call.
-  m.def("take_recorded", [] {
-    py::list taken;
-    for (const shim::Recorded& r : shim::recorded) {
-      taken.append(
-          py::make_tuple(r.kernel, r.blocks, r.threads, r.shared_bytes, py::bytes(r.parameters)));
+  const auto as_tuple = [](const shim::Recorded& r) {
+    return py::make_tuple(r.kernel, r.blocks, r.threads, r.shared_bytes, py::bytes(r.parameters));
+  };
+  // Called from operators, which hold no lock of the interpreter.
+  m.def("run_launches_with", [as_tuple](const py::object& run) {
+    if (run.is_none()) {
+      shim::run_launch = nullptr;
+      return;
     }
+    shim::run_launch = [as_tuple, run](const shim::Recorded& launch) {
+      const py::gil_scoped_acquire lock;
+      run(*as_tuple(launch));
+    };
+  });
+  m.def("take_recorded", [as_tuple] {
+    py::list taken;
+    for (const shim::Recorded& r : shim::recorded) taken.append(as_tuple(r));
     shim::recorded.clear();
     return taken;
   });

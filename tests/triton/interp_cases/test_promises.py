@@ -3,56 +3,16 @@
 import pytest
 import torch
 from interpreter.memory_checker import untouched_memory
-from kernel_cases import WINDOW, Case, a_shape, dense, expected, run_kernels, three_parts
+from kernel_cases import POISONED, Case, a_shape, dense, expected, run_kernels, three_parts
 from permattn import sparse_attention_with_lse
 from permattn.core import AttnPart, AttnPlan, BlockIndex, Permutation, TokenBand
 from permattn.testing import (
     assert_within,
     poison_unseen,
-    random_index,
-    random_permutation,
     random_plan,
     split_plan,
     visible_pairs,
 )
-
-
-def banded(**options):
-    return random_plan(100, 120, heads=2, batch=1, density=0.5, block_q=32, block_kv=32, **options)
-
-
-def holes_in_two_orders(tokens: int) -> AttnPlan:
-    """Near keys in token order and far ones permuted; both leave out keys 30..39."""
-    dropped = torch.zeros(1, 1, tokens, dtype=torch.bool)
-    dropped[..., 30:40] = True
-    g = torch.Generator().manual_seed(1)
-    parts = []
-    for q_perm, kv_perm, band in (
-        (Permutation.identity(tokens), Permutation.identity(tokens), TokenBand(0, 20)),
-        (
-            random_permutation(tokens, generator=g),
-            random_permutation(tokens, generator=g),
-            TokenBand(20),
-        ),
-    ):
-        kept = kv_perm.without_tokens(dropped)
-        index = random_index(
-            q_perm, kept, band, block_q=32, block_kv=16, density=0.9, heads=2, generator=g
-        )
-        parts.append(AttnPart(q_perm, kept, index, band))
-    return AttnPlan(tuple(parts))
-
-
-POISONED = {
-    "unlisted-blocks": random_plan(100, 120, heads=2, density=0.1, block_q=32, block_kv=32),
-    "causal": banded(band=TokenBand(0)),
-    "inside-window": banded(band=TokenBand(None, -10)),
-    "window-of-two-ends": banded(band=TokenBand(-20, -5)),
-    "window-out-of-order": banded(band=WINDOW, permuted=True, holes=7),
-    "empty-band": banded(band=TokenBand(5, 5)),
-    "holes-among-queries": banded(permuted=True, holes=40, band=TokenBand(-8, -1)),
-    "holes-in-two-orders": holes_in_two_orders(110),
-}
 
 
 @pytest.mark.parametrize("plan", POISONED.values(), ids=list(POISONED))
