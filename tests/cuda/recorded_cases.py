@@ -171,7 +171,7 @@ def transpose() -> Made:
 def order() -> Made:
     length = torch.randint(0, 40, (1, 2, 600), generator=torch.Generator().manual_seed(5))
     offsets = torch.nn.functional.pad(length.cumsum(-1), (1, 0)).int().contiguous()
-    ints = [1, 2, 600, 1, 64, 64, 64, 2560]
+    ints = [1, 2, 600, 1, 1, 64, 64, 64, 2560]
     return operator("cuda_order", [offsets], ints, torch.zeros(1200, dtype=torch.int32))
 
 

@@ -60,14 +60,15 @@ inline void launch(unsigned grid, int32_t threads, size_t shared_bytes,
 template <class Args>
 const char* try_launch(void (*kernel)(Args), unsigned grid, int32_t threads, size_t shared_bytes,
                        const Args& args) {
+  if (options.records) {
+    record_launch(symbol_of(reinterpret_cast<const void*>(kernel)).c_str(),
+                  static_cast<int32_t>(grid), threads, static_cast<int64_t>(shared_bytes), &args,
+                  sizeof(args));
+  }
+  if (!options.runs) return nullptr;
   static std::string what;
   try {
-    if (options.records) {
-      record_launch(symbol_of(reinterpret_cast<const void*>(kernel)).c_str(),
-                    static_cast<int32_t>(grid), threads, static_cast<int64_t>(shared_bytes), &args,
-                    sizeof(args));
-    }
-    if (options.runs) launch(grid, threads, shared_bytes, [&] { kernel(args); });
+    launch(grid, threads, shared_bytes, [&] { kernel(args); });
   } catch (const std::exception& error) {
     what = error.what();
     return what.c_str();
