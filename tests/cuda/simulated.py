@@ -111,13 +111,13 @@ class Simulator:
 
     Args:
         processors: of the device that launches are made for: blocks at most.
-        arch: what kernels are compiled for that are not sm_90a's alone.
+        arch: what kernels are compiled for that are not sm_90a's alone; None: they run as ever.
         options: of `ptxsim.launch`.
         ran: lines of PTX.
     """
 
     processors: int = 2
-    arch: int = 80
+    arch: int | None = None
     options: dict = field(default_factory=dict)
     kernels: list[str] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
@@ -135,7 +135,7 @@ class Simulator:
         def run(kernel: str, blocks: int, threads: int, shared_bytes: int, parameters) -> None:
             self.kernels.append(kernel)
             self.blocks.append(blocks)
-            ptx = ptx_of(kernel, self.arch)
+            ptx = ptx_of(kernel, self.arch or 90)
             entry = kernel if kernel.startswith("_Z") else None
             facts = (ptx, entry, blocks, threads, shared_bytes, parameters, memory)
             report = ptxsim.launch(*facts, **self.options)
@@ -144,7 +144,7 @@ class Simulator:
 
         shim.set_processors(self.processors)
         shim.run_launches_with(run)
-        shim.set_recording(True, False)
+        shim.set_recording(self.arch is not None, self.arch is None)
         try:
             yield
         finally:
