@@ -1,6 +1,7 @@
 // The CPU operators: checks, plain structs, torch's own thread pool.
 #include "../cpu/kernels.h"
 #include "cpu_common.h"
+#include "probe.h"
 
 namespace permattn::binding {
 namespace {
@@ -57,61 +58,15 @@ void cpu_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   cpu::backward(params, isa_of(isa), torch_pool());
 }
 
-const int32_t* int_pointer_of(const Tensor& x, const char* name, int64_t size) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Int && x.is_contiguous() && x.numel() == size,
-                  name, ": wants ", size, " contiguous int32");
-  return static_cast<const int32_t*>(x.data_ptr());
-}
-
-// The axis of a probe: where its rows stand and which key lies at every coordinate.
-void add_axis(ProbeParams& params, const Tensor& first_position, const Tensor& first_coordinate,
-              const Tensor& key_range, const std::optional<Tensor>& order) {
-  params.first_position = int_pointer_of(first_position, "first_position", params.batch);
-  params.first_coordinate = int_pointer_of(first_coordinate, "first_coordinate", params.batch);
-  params.key_range = int_pointer_of(key_range, "key_range", 2 * params.batch);
-  params.size = params.skv;
-  if (!order.has_value()) return;
-  STD_TORCH_CHECK(order->dim() == 2 && (order->size(0) == 1 || order->size(0) == params.batch),
-                  "order: wants [1 or B, n]");
-  params.size = order->size(1);
-  params.order = int_pointer_of(*order, "order", order->size(0) * params.size);
-  params.order_stride_b = order->size(0) == 1 ? 0 : params.size;
-}
-
 // diagonal is zeros on entry.
 void cpu_probe(const Tensor& q, const Tensor& k, const Tensor& first_position,
                const Tensor& first_coordinate, const Tensor& key_range, std::optional<Tensor> order,
                std::optional<Tensor> skip, bool lse_is_given, const Tensor& lse,
                const Tensor& column, const Tensor& square, const Tensor& diagonal, int64_t isa) {
-  const Problem problem = problem_of(q, k, k, 1.0);
-  ProbeParams params{};
-  params.dtype = problem.dtype;
-  params.batch = problem.batch;
-  params.q_heads = problem.q_heads;
-  params.kv_heads = problem.kv_heads;
-  params.rows = problem.sq;
-  params.skv = problem.skv;
-  params.head_dim = problem.head_dim;
-  params.lse_is_given = lse_is_given;
-  params.q = view_of(q, "q");
-  params.k = view_of(k, "k");
-  STD_TORCH_CHECK(params.rows >= 1 && params.rows <= cpu::kTileLanes, "q: wants 1 to ",
-                  cpu::kTileLanes, " rows, got ", params.rows);
-  add_axis(params, first_position, first_coordinate, key_range, order);
-  if (skip.has_value()) {
-    STD_TORCH_CHECK(skip->is_contiguous() && skip->dim() == 3, "skip: wants contiguous [B, Hq, n]");
-    check_result(*skip, "skip", ScalarType::Bool, params.batch, params.q_heads, params.size);
-    params.skip = static_cast<const uint8_t*>(skip->data_ptr());
-  }
-  for (const Tensor* x : {&lse, &column, &square, &diagonal}) {
-    STD_TORCH_CHECK(x->dim() == 3 && x->is_contiguous(), "results: want contiguous [B, Hq, n]");
-    const int64_t width = x == &lse ? params.rows : params.size;
-    check_result(*x, "results", ScalarType::Float, params.batch, params.q_heads, width);
-  }
-  params.lse = static_cast<float*>(lse.data_ptr());
-  params.column = static_cast<float*>(column.data_ptr());
-  params.square = static_cast<float*>(square.data_ptr());
-  params.diagonal = static_cast<float*>(diagonal.data_ptr());
+  const ProbeTensors x{q,         k,      first_position, first_coordinate,
+                       key_range, order,  skip,           lse_is_given,
+                       lse,       column, square,         diagonal};
+  const ProbeParams params = probe_params_of(x, cpu::kTileLanes);
   cpu::probe(params, isa_of(isa), torch_pool());
 }
 

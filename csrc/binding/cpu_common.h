@@ -26,12 +26,6 @@ inline Isa isa_of(int64_t number) {
   return isa;
 }
 
-inline void check_result(const Tensor& x, const char* name, ScalarType dtype, int64_t b, int64_t h,
-                         int64_t s) {
-  STD_TORCH_CHECK(x.scalar_type() == dtype && x.size(0) == b && x.size(1) == h && x.size(2) == s,
-                  name, ": wrong dtype or shape");
-}
-
 // q, k, v, out and lse of a forward; the caller adds the parts.
 inline FwdParams forward_params_of(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& out, const Tensor& lse, double scale) {

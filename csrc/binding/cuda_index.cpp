@@ -2,6 +2,7 @@
 #include "../cuda/index/index.h"
 
 #include "cuda_common.h"
+#include "probe.h"
 
 namespace permattn::binding {
 namespace {
@@ -179,11 +180,41 @@ void cuda_strongest(const Tensor& scores, std::optional<Tensor> stop, std::optio
   raise(cuda::launch_strongest(p, launcher.stream()), "cuda_strongest");
 }
 
+// q holds up to 64 rows of `all_rows`; diagonal is zeros on entry.
+void cuda_probe(const Tensor& q, const Tensor& k, const Tensor& first_position,
+                const Tensor& first_coordinate, const Tensor& key_range,
+                std::optional<Tensor> order, std::optional<Tensor> skip, bool lse_is_given,
+                int64_t all_rows, const Tensor& lse, const Tensor& column, const Tensor& square,
+                const Tensor& diagonal) {
+  constexpr int64_t kMostRows = 64;
+  const ProbeTensors x{q,         k,      first_position, first_coordinate,
+                       key_range, order,  skip,           lse_is_given,
+                       lse,       column, square,         diagonal};
+  ProbeParams p = probe_params_of(x, kMostRows);
+  STD_TORCH_CHECK(all_rows >= p.rows, "all_rows: wants at least ", p.rows, ", got ", all_rows);
+  p.q = aligned_view_of(q, q, "q", p.batch, p.q_heads, p.rows, p.head_dim);
+  p.k = aligned_view_of(k, q, "k", p.batch, p.kv_heads, p.skv, p.head_dim);
+  for (const Tensor* at : {&first_position, &first_coordinate, &key_range}) {
+    check_device(*at, q, "first_position, first_coordinate, key_range");
+  }
+  for (const std::optional<Tensor>* at : {&order, &skip}) {
+    if (at->has_value()) check_device(**at, q, "order, skip");
+  }
+  for (const Tensor* at : {&lse, &column, &square, &diagonal}) check_device(*at, q, "results");
+  if (p.batch * p.q_heads == 0) return;
+  const Launcher launcher(q);
+  const std::vector<int64_t> size = {cuda::probe_scratch(p)};
+  Tensor scratch = torch::stable::new_empty(lse, size, ScalarType::Float);
+  raise(cuda::launch_probe(p, all_rows, static_cast<float*>(scratch.data_ptr()), launcher.stream()),
+        "cuda_probe");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(permattn_native, PERMATTN_CUDA_KEY, m) {
   m.impl("cuda_compact", TORCH_BOX(&cuda_compact));
   m.impl("cuda_transpose", TORCH_BOX(&cuda_transpose));
+  m.impl("cuda_probe", TORCH_BOX(&cuda_probe));
   m.impl("cuda_order", TORCH_BOX(&cuda_order));
   m.impl("cuda_pool", TORCH_BOX(&cuda_pool));
   m.impl("cuda_scores", TORCH_BOX(&cuda_scores));

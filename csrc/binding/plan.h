@@ -53,6 +53,12 @@ inline IntView int_view_of(const Tensor& x, int64_t batch, int64_t heads, const 
           x.size(1) == 1 ? 0 : x.stride(1), x.size(2)};
 }
 
+inline void check_result(const Tensor& x, const char* name, ScalarType dtype, int64_t b, int64_t h,
+                         int64_t s) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype && x.size(0) == b && x.size(1) == h && x.size(2) == s,
+                  name, ": wrong dtype or shape");
+}
+
 // Reads `parts` out of core.packing.pack_plan's lists; the views live as long as the tensors.
 std::vector<PlanPart> parts_of(const std::vector<Tensor>& tensors, const std::vector<int64_t>& ints,
                                const Problem& problem);

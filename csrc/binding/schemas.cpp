@@ -62,6 +62,10 @@ STABLE_TORCH_LIBRARY(permattn_native, m) {
   m.def(
       "cuda_transpose(Tensor kv_indices, Tensor row_offsets, Tensor kv_num_full, "
       "Tensor(a!) q_indices, Tensor(b!) key_offsets, Tensor(c!) q_num_full) -> ()");
+  m.def(
+      "cuda_probe(Tensor q, Tensor k, Tensor first_position, Tensor first_coordinate, "
+      "Tensor key_range, Tensor? order, Tensor? skip, bool lse_is_given, int all_rows, "
+      "Tensor(a!) lse, Tensor(b!) column, Tensor(c!) square, Tensor(d!) diagonal) -> ()");
   m.def("cuda_order(Tensor[] row_offsets, int[] ints, Tensor(a!) order) -> ()");
   m.def("cuda_pool(Tensor x, Tensor? token_of_slot, int block, Tensor(a!) means) -> ()");
   m.def("cuda_scores(Tensor q, Tensor k, float scale, Tensor(a!) scores) -> ()");

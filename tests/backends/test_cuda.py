@@ -11,7 +11,6 @@ from permattn.backends import AUTO_ORDER, BACKENDS, cuda, resolve
 from permattn.backends.cuda import device, launch
 from permattn.backends.cuda.rows import aligned
 from permattn.core import AttnPart, AttnPlan, Permutation, Problem, QuantSpec, TokenBand, native
-from permattn.core.probe import ProbeProblem
 from permattn.testing import random_index
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason=str(native.load()))
@@ -154,10 +153,6 @@ def test_auto_asks_cuda_first_and_goes_on(gpu, monkeypatch):
 def test_what_it_does_not_offer_names_who_does():
     with pytest.raises(NotImplementedError, match="'cuda' has no backward: the triton backend"):
         cuda.backward(None)
-    asked = ProbeProblem("cuda", torch.bfloat16, 64, 16)
-    assert "triton" in cuda.why_not_probe(asked)
-    with pytest.raises(NotImplementedError, match="no probe kernel: the triton backend"):
-        cuda.probe(None)
 
 
 def test_a_library_without_kernels_repeats_why(monkeypatch, tmp_path):

@@ -50,12 +50,6 @@ CASES = [
         )
         for qk, pv in PAIRS
     ),
-    *(
-        QuantCase(f"d128-{qk}-{pv}", causal, dim=128, dim_v=128, dtype=HALF, spec=spec(*x))
-        for x in PAIRS
-        for qk, pv in [x]
-        if x != ("int4", "none")
-    ),
     QuantCase(
         "int8-none-tiles-of-128-queries",
         drawn(260, 260, block_q=128, block_kv=64, band=TokenBand(0)),
@@ -63,17 +57,6 @@ CASES = [
         dim_v=128,
         dtype=BRAIN,
         spec=spec("int8", "none", 32),
-    ),
-    *(
-        QuantCase(
-            f"d256-{qk}-none",
-            drawn(70, 90, permuted=True, holes=5, block_q=32, block_kv=64),
-            dim=256,
-            dim_v=200,
-            dtype=BRAIN,
-            spec=spec(qk, "none", 32),
-        )
-        for qk in ("int8", "int4")
     ),
     QuantCase(
         "groups-of-8-keys",

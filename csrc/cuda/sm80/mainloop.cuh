@@ -1,8 +1,11 @@
 // Scores, softmax and values of one tile of keys, for the rows of one warp.
 #pragma once
+#include "../device/matrix_address.cuh"
 #include "traits.cuh"
 
 namespace permattn::sm80 {
+
+using device::MatrixAddress;
 
 constexpr float kMinusInfinity = -__builtin_inff();
 // Factors of scores are not 0, by which a hidden score would become NaN.
@@ -11,30 +14,6 @@ constexpr float kLeastFactor = 1e-30F;
 // Where a lane of a warp stands in fragments: rows row and row + 8, columns 2 * pair and the next.
 struct LanePosition {
   int32_t lane, row, pair;
-};
-
-// Addresses of ldmatrix.x4 inside a tile of panels, as offsets from the block's shared memory. `a`:
-// four 8 x 8 matrices of 16 rows by 32 bytes, rows first: fragments of A, and of B where B is
-// transposed. `b`: bytes first, fragments of B for two columns of tiles. Steps along the row flip
-// bits, as the swizzle does. The tile's offset is in before they do: sums of the two would be the
-// same in every turn of the loop, and take up registers all along.
-template <class Layout>
-struct MatrixAddress {
-  uint32_t start;
-
-  PERMATTN_DEVICE static MatrixAddress of_a(uint32_t tile, int32_t lane) {
-    return {tile + static_cast<uint32_t>(Layout::offset(lane % 16, lane / 16 * kChunkBytes))};
-  }
-  PERMATTN_DEVICE static MatrixAddress of_b(uint32_t tile, int32_t lane) {
-    return {tile + static_cast<uint32_t>(
-                       Layout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2 * kChunkBytes))};
-  }
-  // `row`: a multiple of 16; `step`: of 32 bytes.
-  PERMATTN_DEVICE uint32_t at(int row, int step) const {
-    constexpr int kSteps = Layout::kPanelBytes / 32;
-    return (start ^ (step % kSteps * 32)) + step / kSteps * (Layout::kRows * Layout::kPanelBytes) +
-           row * Layout::kPanelBytes;
-  }
 };
 
 // The softmax of a warp's rows: what was seen so far, relative to 2^high.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,3 +71,32 @@ def empty_masses(q: Tensor, num_coordinates: int) -> Masses:
     shape = (batch, heads, num_coordinates)
     column, square, diagonal = (q.new_empty(shape, dtype=torch.float32) for _ in range(3))
     return q.new_empty((batch, heads, rows), dtype=torch.float32), column, square, diagonal
+
+
+def probe_by_rows(args: ProbeArgs, most: int, launch: Callable[[ProbeArgs, int], Masses]) -> Masses:
+    """A probe of any number of rows by a kernel that takes `most`.
+
+    Args:
+        launch: (arguments of up to `most` rows with contiguous order, skip, lse and key_range; the
+            number of all rows, by which sums are divided) -> lse of its rows, and sums.
+    """
+    order, skip = (None if x is None else x.contiguous() for x in (args.order, args.skip))
+    args = replace(args, key_range=args.key_range.contiguous(), order=order, skip=skip)
+    found = []
+    for i in range(0, args.q.shape[2], most):
+        rows = slice(i, i + most)
+        piece = replace(
+            args,
+            q=args.q[:, :, rows],
+            # A batch row without probe rows stays one.
+            first_position=torch.where(args.first_position < 0, -1, args.first_position + i),
+            first_coordinate=args.first_coordinate + i,
+            lse=None if args.lse is None else args.lse[:, :, rows].contiguous(),
+        )
+        found.append(launch(piece, args.q.shape[2]))
+    lses, columns, squares, diagonals = zip(*found, strict=True)
+    # cat also copies a given lse, which an operator must not return.
+    column, square, diagonal = (
+        functools.reduce(torch.add, parts) for parts in (columns, squares, diagonals)
+    )
+    return torch.cat(lses, 2), column, square, diagonal

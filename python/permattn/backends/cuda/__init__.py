@@ -1,15 +1,15 @@
-"""CUDA C++ kernels of the native library: forward, also over small numbers; no gradients."""
+"""CUDA C++ kernels of the native library: forward, also over small numbers, and the probe; no
+gradients."""
 
 from permattn.backends.cuda.attention import (
     backward,
     forward,
     kernel_name,
     prepare,
-    probe,
     why_not,
-    why_not_probe,
 )
 from permattn.backends.cuda.device import NAME, describe
+from permattn.backends.cuda.probe import probe, why_not_probe
 
 __all__ = [
     "NAME",

@@ -36,14 +36,12 @@ from permattn.core.prepare import (
     Smoothing,
     smoothing_from_columns,
 )
-from permattn.core.probe import Masses, ProbeArgs, ProbeProblem
 from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out, why_not_quantised
 from permattn.core.prologue import Prologue, RowTransform
 from permattn.core.quant import say_once
 
 FAMILIES = {SM80: "mma.sync", SM90: "wgmma"}
 NO_BACKWARD = "has no backward: the triton backend has one"
-NO_PROBE = "has no probe kernel: the triton backend has one"
 
 
 def why_not(problem: Problem) -> str | None:
@@ -89,21 +87,13 @@ def kernel_name(problem: Problem) -> str:
     )
 
 
-def why_not_probe(problem: ProbeProblem) -> str | None:
-    return NO_PROBE
-
-
-def probe(args: ProbeArgs) -> Masses:
-    raise NotImplementedError(f"backend 'cuda' {NO_PROBE}")
-
-
 def backward(args: BwdArgs) -> tuple[Tensor, Tensor, Tensor]:
     raise NotImplementedError(f"backend 'cuda' {NO_BACKWARD}")
 
 
 def prepare(args: PrepareArgs) -> Prepared:
     """See `Backend.prepare`. One reading and one writing of memory."""
-    _load()
+    device.need_kernels()
     made = make_rows(args)
     scale = args.x.new_empty(0, dtype=torch.float32) if made.scale is None else made.scale
     return made.rows, scale
@@ -111,7 +101,7 @@ def prepare(args: PrepareArgs) -> Prepared:
 
 def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:
     """See `Backend.forward`. Two runs are bit-identical. No wait for the device."""
-    _load()
+    device.need_kernels()
     out = empty_out(args.q, args.v)
     lse = args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
@@ -134,12 +124,6 @@ def forward(args: FwdArgs) -> tuple[Tensor, Tensor]:
         # Smoothing moved every score of a query by one number, which the softmax did not see.
         lse.add_(blocks.dots, alpha=args.scale)
     return out, lse
-
-
-def _load() -> None:
-    why = device.load_kernels()
-    if why is not None:
-        raise RuntimeError(f"backend 'cuda': {why}")
 
 
 def _forward_run(blocks: _Blocks, run: Run, results: Results) -> None:

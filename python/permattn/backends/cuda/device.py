@@ -58,6 +58,13 @@ def load_kernels() -> str | None:
     return None
 
 
+def need_kernels() -> None:
+    """Raises RuntimeError where there are none."""
+    why = load_kernels()
+    if why is not None:
+        raise RuntimeError(f"backend 'cuda': {why}")
+
+
 @functools.cache
 def holds() -> Holds:
     """Only after `load`."""

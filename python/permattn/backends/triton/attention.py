@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from permattn.core.block_mass import BlockMassArgs, BlockMassProblem, Blocks, em
 from permattn.core.permutation import Permutation
 from permattn.core.plan import AttnPlan
 from permattn.core.prepare import PrepareArgs, Prepared, smoothing_of
-from permattn.core.probe import Masses, ProbeArgs, ProbeProblem
+from permattn.core.probe import Masses, ProbeArgs, ProbeProblem, probe_by_rows
 from permattn.core.problem import BwdArgs, FwdArgs, Problem, empty_out, why_not_quantised
 from permattn.core.prologue import Prologue, RowTransform
 from permattn.core.quant import say_once
@@ -80,26 +79,13 @@ def probe_kernels(args: ProbeArgs) -> Masses:
     """Launches a probe, as many rows at a time as the kernels take."""
     from permattn.triton_kernels.probe import MAX_ROWS, launch_probe
 
+    def launch(piece: ProbeArgs, all_rows: int) -> Masses:
+        p = piece
+        axis = p.first_position, p.first_coordinate, p.key_range, p.order
+        return launch_probe(p.q, p.k, *axis, p.skip, p.lse, all_rows)
+
     q = args.q if args.q.stride(-1) == 1 else args.q.contiguous()
-    order, skip = (None if x is None else x.contiguous() for x in (args.order, args.skip))
-    key_range = args.key_range.contiguous()
-    found = []
-    for i in range(0, q.shape[2], MAX_ROWS):
-        # A batch row without probe rows stays one.
-        position = torch.where(args.first_position < 0, -1, args.first_position + i)
-        lse = None if args.lse is None else args.lse[:, :, i : i + MAX_ROWS].contiguous()
-        found.append(
-            launch_probe(
-                *(q[:, :, i : i + MAX_ROWS], args.k, position, args.first_coordinate + i),
-                *(key_range, order, skip, lse, q.shape[2]),
-            )
-        )
-    lses, columns, squares, diagonals = zip(*found, strict=True)
-    # cat also copies a given lse, which an operator must not return.
-    column, square, diagonal = (
-        functools.reduce(torch.add, parts) for parts in (columns, squares, diagonals)
-    )
-    return torch.cat(lses, 2), column, square, diagonal
+    return probe_by_rows(replace(args, q=q), MAX_ROWS, launch)
 
 
 def why_not_block_mass(problem: BlockMassProblem) -> str | None:
