@@ -193,6 +193,17 @@ def strongest() -> Made:
     return operator("cuda_strongest", drawn_numbers(1, 2, 20, 130).round(), stop, None, chosen)
 
 
+def probe() -> Made:
+    """Two splits of the axis, an order, and keys that diagonals leave out."""
+    q, k = drawn_numbers(1, 1, 20, 40).to(BRAIN), drawn_numbers(1, 1, 1030, 40, seed=1).to(BRAIN)
+    g = torch.Generator().manual_seed(7)
+    order = torch.randperm(1030, generator=g, dtype=torch.int32)[None]
+    skip = drawn_numbers(1, 1, 1030, seed=2) < -1
+    first, ranges = torch.tensor([1010], dtype=torch.int32), torch.tensor([[3, 1030]]).int()
+    found = [torch.zeros(1, 1, n) for n in (20, 1030, 1030, 1030)]
+    return operator("cuda_probe", q, k, first, first, ranges, order, skip, False, 20, *found)
+
+
 def finish() -> Made:
     acc, high = drawn_numbers(1, 2, 70, 40), drawn_numbers(1, 2, 70, seed=1)
     total = drawn_numbers(1, 2, 70, seed=2).abs().masked_fill(high > 1, 0.0)
@@ -214,7 +225,7 @@ MADE: dict[str, Made] = {
         torch.float32, 256, turned(*NORM, 256, 100), FP8, 128, FRAGMENTS, True
     ),
     **{f.__name__: f() for f in (statistics, compact, transpose, order)},
-    **{f.__name__: f() for f in (pool, scores, strongest, finish)},
+    **{f.__name__: f() for f in (pool, scores, strongest, probe, finish)},
 }
 
 

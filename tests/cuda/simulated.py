@@ -53,11 +53,12 @@ def _state_of_headers() -> bytes:
 
 
 # Where kernels are that are named by their symbols: headers with templates, and whole sources.
-TEMPLATES = {"sm80": "sm80/kernel.cuh", "permute": "permute/instantiate.cuh"}
+TEMPLATES = {"sm80::": "sm80/kernel.cuh", "permute::": "permute/instantiate.cuh"}
 SOURCES = {
-    "index": "index/index.cu",
-    "finish": "sm80/finish.cu",
-    "join_runs_kernel": "permute/instantiations/join_runs.cu",
+    "index::probe_": "index/probe.cu",
+    "index::": "index/index.cu",
+    "cuda::finish::": "sm80/finish.cu",
+    "cuda::join_runs_kernel": "permute/instantiations/join_runs.cu",
 }
 
 
@@ -65,12 +66,13 @@ def source_of(symbol: str) -> Path:
     """A file that makes the kernel of a symbol, and of templates no other one."""
     named = subprocess.run(["c++filt", symbol], check=True, capture_output=True, text=True)
     name = named.stdout.strip()
-    space = re.match(r"(?:void )?permattn::(?:cuda::)?(\w+)", name)
-    assert space is not None, name
-    if space[1] in SOURCES:
-        return CUDA / SOURCES[space[1]]
+    inside = name.removeprefix("void ").removeprefix("permattn::")
+    for start, source in SOURCES.items():
+        if inside.startswith(start):
+            return CUDA / source
+    header = next(h for start, h in TEMPLATES.items() if inside.startswith(start))
     head, parameter = name.removesuffix(")").rsplit("(", 1)
-    text = f'#include "cuda/{TEMPLATES[space[1]]}"\n'
+    text = f'#include "cuda/{header}"\n'
     text += f"template PERMATTN_GLOBAL {head}(const __grid_constant__ {parameter});\n"
     made = MADE / f"kernel_{hashlib.sha256(text.encode()).hexdigest()[:16]}.cu"
     if not made.exists():

@@ -42,6 +42,8 @@ NEEDED = {
     "strongest": [("warp-barrier", 6, ())],
     "scores": [("barrier", 5, ())],
     "pool": [("barrier", 1, ())],
+    # Queries are not written over before the barrier that follows the first keys.
+    "probe": [("barrier", 5, (1,)), ("wait", 2, ())],
     "compact": [("barrier", 1, ())],
 }
 

@@ -52,5 +52,6 @@ void add_attention_16(Registry& registry);
 void add_attention_small(Registry& registry);
 void add_prepare(Registry& registry);
 void add_index(Registry& registry);
+void add_probe(Registry& registry);
 
 }  // namespace replay

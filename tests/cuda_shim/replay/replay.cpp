@@ -84,6 +84,7 @@ std::string run_file(const char* in, const char* out) {
   replay::add_attention_small(registry);
   replay::add_prepare(registry);
   replay::add_index(registry);
+  replay::add_probe(registry);
   replay::File file = replay::read_file(in);
   replay::relocate(file);
   for (const replay::Region& region : file.regions) {
