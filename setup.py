@@ -4,20 +4,21 @@ The library stands on LibTorch's stable ABI and uses no CPython symbol, so one p
 every Python and every torch from 2.11 on, with CUDA or without. torch is looked up for its headers
 and never imported. What cannot be built is left out: without a compiler there is no library,
 without nvcc it has no CUDA kernels. The install goes on, prints what that costs, and
-`permattn/_native_build.json` says what is in and why the rest is not.
+`permattn/_native_build.json` says what is in and why the rest is not. A setting that makes no sense
+ends it before any work.
 
 Environment:
-    CXX: the compiler (default: g++, then clang++).
+    CXX: the compiler, one program (default: g++, then clang++).
     CUDACXX: nvcc (default: that of CUDA_HOME, of PATH, then /usr/local/cuda/bin/nvcc).
     PERMATTN_CUDA_ARCHS: compute capabilities to compile kernels for (default: "80 86 89 90a 120a").
         The newest without a letter also goes in as PTX, for devices that are not listed. Empty: no
         CUDA. "90" and "120" mean "90a" and "120a".
-    PERMATTN_REQUIRE_CUDA: 1 makes a library without CUDA kernels an error (for wheels).
+    PERMATTN_REQUIRE_CUDA: 1 makes a library without CUDA kernels, or without some of those that
+        PERMATTN_CUDA_ARCHS names, an error (for wheels).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -29,6 +30,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,12 +48,20 @@ DEFAULT_CUDA_ARCHS = "80 86 89 90a 120a"
 ONLY_FOR = {"sm90": "90a"}
 # The first release with C++20.
 LEAST_NVCC = (12, 0)
+NO_REQUIRED_CUDA = "PERMATTN_REQUIRE_CUDA=1 and CUDA kernels cannot be built"
 # A kernel that spills is a fault of ours.
 NVCC_FLAGS = ("-std=c++20", "-O3", "-Xptxas", "-warn-spills,-Werror")
 
 
 class NotBuilt(Exception):
     """Why there is no native library, or no CUDA in it."""
+
+
+class Refused(SystemExit):
+    """Ends the build: a setting that makes no sense, or something required that cannot be had."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"permattn: {reason}")
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Nvcc:
     archs: tuple[str, ...]  # "80", "90a", ...
     left_out: tuple[str, ...] = ()  # asked for, but newer than the compiler
 
-    @property
+    @cached_property
     def home(self) -> Path:
         """The toolkit's folder. What is on PATH may be a script that calls another nvcc."""
         command = [self.path, "--dryrun", "-c", "-x", "cu", os.devnull]
@@ -137,25 +147,55 @@ def find_torch() -> Path:
 def find_compiler() -> str:
     if sys.platform == "win32":
         raise NotBuilt("Windows is not supported (needs GCC or Clang)")
-    for name in filter(None, (os.environ.get("CXX"), "g++", "clang++")):
+    given = os.environ.get("CXX")
+    for name in [given] if given else ["g++", "clang++"]:
         if shutil.which(name):
             return name
-    raise NotBuilt("no C++ compiler found (g++ or clang++)")
+    if given:
+        raise NotBuilt(f"CXX: wants one program that exists, got {given!r}")
+    raise NotBuilt("no C++ compiler found (install g++ or clang++, or set CXX)")
 
 
 def arch_number(arch: str) -> int:
     return int(re.sub(r"\D", "", arch) or 0)
 
 
+def is_cuda_required() -> bool:
+    given = os.environ.get("PERMATTN_REQUIRE_CUDA", "")
+    if given not in ("", "0", "1"):
+        raise Refused(f"PERMATTN_REQUIRE_CUDA: wants 0 or 1, got {given!r}")
+    return given == "1"
+
+
 def wanted_archs() -> list[str]:
-    """PERMATTN_CUDA_ARCHS, ascending: code for 9.0 and newer is for exactly one capability."""
+    """PERMATTN_CUDA_ARCHS, ascending: code for 9.0 and newer is for exactly one capability.
+
+    Raises:
+        Refused: some word of it names no compute capability.
+    """
     given = os.environ.get("PERMATTN_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
     words = set(given.replace(",", " ").replace(";", " ").split())
-    for word in words:
-        if not re.fullmatch(r"(8\d|9\d|1\d\d)a?", word):
-            raise NotBuilt(f"PERMATTN_CUDA_ARCHS: wants e.g. '80 90a', got {word!r}")
+    for word in sorted(words):
+        if not re.fullmatch(r"8\d|(9\d|1\d\d)a?", word):
+            raise Refused(
+                "PERMATTN_CUDA_ARCHS: wants compute capabilities from 8.0 on without their dot, "
+                f"e.g. '80 90a', got {word!r}"
+            )
     full = {w if arch_number(w) < 90 or w.endswith("a") else w + "a" for w in words}
     return sorted(full, key=lambda a: (arch_number(a), a))
+
+
+def nvcc_path() -> str:
+    given = os.environ.get("CUDACXX")
+    home = os.environ.get("CUDA_HOME")
+    names = [f"{home}/bin/nvcc"] if home else []
+    for name in [given] if given else [*names, "nvcc", "/usr/local/cuda/bin/nvcc"]:
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    if given:
+        raise NotBuilt(f"CUDACXX: wants one program that exists, got {given!r}")
+    raise NotBuilt("nvcc was not found (set CUDACXX or CUDA_HOME, or put it on PATH)")
 
 
 def find_nvcc() -> Nvcc:
@@ -169,12 +209,7 @@ def find_nvcc() -> Nvcc:
         raise NotBuilt("PERMATTN_CUDA_ARCHS is empty")
     if sys.platform != "linux":
         raise NotBuilt("CUDA kernels are built on Linux only")
-    home = os.environ.get("CUDA_HOME")
-    names = (os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc")
-    found = next(filter(None, map(shutil.which, filter(None, names))), None)
-    found = found or shutil.which("/usr/local/cuda/bin/nvcc")
-    if found is None:
-        raise NotBuilt("nvcc was not found (set CUDACXX or CUDA_HOME, or put it on PATH)")
+    found = nvcc_path()
     release = re.search(r"release (\d+)\.(\d+)", output_of([found, "--version"]))
     if release is None:
         raise NotBuilt(f"{found} --version names no release")
@@ -281,8 +316,14 @@ def link_command(
 
 
 def build_library(library: Path, objects: Path) -> dict[str, Any]:
-    """Builds the library, with CUDA kernels where that works; says what is in it."""
+    """Builds the library, with CUDA kernels where that works; says what is in it.
+
+    Raises:
+        NotBuilt: there is no library.
+        Refused: CUDA kernels are required, and something is missing.
+    """
     begin = time.monotonic()
+    is_required, _ = is_cuda_required(), wanted_archs()
     compiler, torch = find_compiler(), find_torch()
     objects.mkdir(parents=True, exist_ok=True)
     nvcc: Nvcc | None = None
@@ -290,6 +331,8 @@ def build_library(library: Path, objects: Path) -> dict[str, Any]:
     try:
         nvcc, cuda_objects, cuda = build_cuda(objects, compiler)
     except NotBuilt as reason:
+        if is_required:
+            raise Refused(f"{NO_REQUIRED_CUDA}: {reason}") from None
         cuda = {"built": False, "reason": str(reason)}
     commands = cxx_commands(torch, objects, compiler, nvcc)
     run_all(list(commands.values()))
@@ -308,6 +351,11 @@ def build_cuda(objects: Path, compiler: str) -> tuple[Nvcc, list[Path], dict[str
     """The kernels' object files, and what they are for."""
     begin = time.monotonic()
     nvcc = find_nvcc()
+    if nvcc.left_out and is_cuda_required():
+        raise NotBuilt(
+            f"nvcc {nvcc.version[0]}.{nvcc.version[1]} does not know {' '.join(nvcc.left_out)} "
+            "(take a newer one, or leave them out of PERMATTN_CUDA_ARCHS)"
+        )
     nvcc.library_folder()
     commands = cuda_commands(objects, compiler, nvcc)
     if not commands:
@@ -351,8 +399,15 @@ def summary(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def build_tag(version: str) -> str:
+    """Of a wheel with kernels of that CUDA: "13cu"."""
+    return f"{version.split('.')[0]}cu"
+
+
 class BuildNative(build_ext):
     """Builds permattn/_native.so, or records why not."""
+
+    report: dict[str, Any]
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
@@ -363,13 +418,13 @@ class BuildNative(build_ext):
         try:
             report = build_library(library, Path(self.build_temp))
         except NotBuilt as reason:
+            if is_cuda_required():
+                raise Refused(f"{NO_REQUIRED_CUDA}: {reason}") from None
             library.unlink(missing_ok=True)
             report = {"built": False, "reason": str(reason)}
+        self.report = report
         for line in summary(report):
             print(f"permattn: {line}", flush=True)
-        has_cuda = report["built"] and report["cuda"]["built"]
-        if os.environ.get("PERMATTN_REQUIRE_CUDA") == "1" and not has_cuda:
-            raise SystemExit("permattn: PERMATTN_REQUIRE_CUDA is set and there are no CUDA kernels")
         folders = {library.parent}
         if self.inplace or self.editable_mode:
             folders = {ROOT / "python" / "permattn"}
@@ -382,10 +437,14 @@ class BuildNative(build_ext):
 class PlatformWheel(bdist_wheel):
     """No CPython symbol is used: py3-none, any Python. The build tag is CUDA's major version."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        with contextlib.suppress(NotBuilt):
-            self.build_number = self.build_number or f"{find_nvcc().version[0]}cu"
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command != "build" or self.build_number is not None:
+            return
+        # Only now it is known what went in; the wheel's name is made later.
+        report = self.get_finalized_command("build_ext").report
+        if report["built"] and report["cuda"]["built"]:
+            self.build_number = build_tag(report["cuda"]["version"])
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

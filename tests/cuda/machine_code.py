@@ -1,4 +1,4 @@
-"""What a kernel compiled to: registers, stack, spills and instructions, read off its machine code.
+"""What kernels compiled to: registers, stack, spills and instructions, read off their machine code.
 
 The tools that take it apart come with Triton.
 """
@@ -17,8 +17,13 @@ from typing import Any
 REGISTER_LIMIT = 255
 # Copies into shared memory, by opcode: gathering ones and bulk ones.
 COPY_OPCODES = ("LDGSTS", "UTMALDG", "UBLKCP")
-# The instruction of a warp that multiplies numbers of a format.
-MMA_OPCODE = {"16": "HMMA", "int8": "IMMA", "int4": "IMMA", "fp8": "QMMA"}
+# As csrc/common numbers them.
+DTYPES = ("float32", "bfloat16", "float16")
+FORMATS = ("none", "int8", "int4", "fp8")
+INSTRUCTION = re.compile(
+    r"\s*/\*(?P<at>[0-9a-f]+)\*/\s+(?P<guard>@!?U?P\w+\s+)?"
+    r"(?P<opcode>[A-Z][A-Z0-9_]*)(?P<kind>(?:\.[A-Za-z0-9_]+)*)(?P<rest>[^;]*)"
+)
 
 Row = dict[str, Any]
 
@@ -32,45 +37,79 @@ def tools() -> Path | None:
     return folder if (folder / "nvdisasm").exists() else None
 
 
-def rows_of_cubin(folder: Path, cubin: Path) -> list[Row]:
-    """One row per kernel of a cubin."""
+def cubins_of_library(folder: Path, library: Path, target: Path) -> list[Path]:
+    """Every cubin of a library, as files NAME.sm_ARCH.cubin in `target`."""
+    subprocess.run(
+        [folder / "cuobjdump", "--extract-elf", "all", library.resolve()],
+        cwd=target,
+        check=True,
+        capture_output=True,
+    )
+    return sorted(target.glob("*.cubin"))
+
+
+def arch_of(cubin: Path) -> str:
+    """Of a file NAME.sm_ARCH.cubin: "80", "90a", ..."""
+    return cubin.suffixes[-2].removeprefix(".sm_")
+
+
+def resources_of_cubin(folder: Path, cubin: Path) -> dict[str, Row]:
+    """Symbol -> arch, kernel, registers, stack, static shared memory: what needs no disassembly."""
     usage = _run([folder / "cuobjdump", "--dump-resource-usage", cubin])
-    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
-    resources = {m[0]: tuple(map(int, m[1:])) for m in re.findall(pattern, usage)}
-    opcodes: dict[str, collections.Counter[str]] = {}
-    current: collections.Counter[str] = collections.Counter()
-    for line in _run([folder / "nvdisasm", "-c", cubin]).splitlines():
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    names = _run(["c++filt", *(symbol for symbol, *_ in found)]).splitlines() if found else []
+    return {
+        symbol: {
+            "arch": arch_of(cubin),
+            "kernel": short_name(name),
+            "registers": int(registers),
+            "stack": int(stack),
+            "static_shared": int(shared),
+        }
+        for name, (symbol, registers, stack, shared) in zip(names, found, strict=True)
+    }
+
+
+def listings_of_cubin(folder: Path, cubin: Path) -> dict[str, list[str]]:
+    """Symbol -> lines of its disassembly, labels among them."""
+    listings: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in _run([folder / "nvdisasm", "-c", "-ndf", cubin]).splitlines():
         section = re.match(r"\s*\.section\s+\.text\.([^,\s]+)", line)
         if section:
-            current = opcodes.setdefault(section[1], collections.Counter())
-        found = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line)
+            current = listings.setdefault(section[1], [])
+        current.append(line)
+    return listings
+
+
+def instructions_of_listing(lines: Iterable[str]) -> Row:
+    """Counts: spills, matrix instructions by their whole name, copies by opcode."""
+    opcodes: collections.Counter[str] = collections.Counter()
+    matrix: collections.Counter[str] = collections.Counter()
+    for line in lines:
+        found = INSTRUCTION.match(line)
         if found:
-            current[found[1]] += 1
-    names = _run(["c++filt", *resources]).splitlines() if resources else []
-    return [
-        {
-            "kernel": short_name(name),
-            "registers": registers,
-            "stack": stack,
-            "spills": opcodes[symbol]["LDL"] + opcodes[symbol]["STL"],
-            "static_shared": shared,
-            "matrix": {op: n for op, n in sorted(opcodes[symbol].items()) if "MMA" in op},
-            "copies": {op: opcodes[symbol][op] for op in COPY_OPCODES if opcodes[symbol][op]},
-        }
-        for name, (symbol, (registers, stack, shared)) in zip(names, resources.items(), strict=True)
-    ]
+            opcodes[found["opcode"]] += 1
+            if "MMA" in found["opcode"]:
+                matrix[found["opcode"] + found["kind"]] += 1
+    return {
+        "spills": opcodes["LDL"] + opcodes["STL"],
+        "matrix": dict(sorted(matrix.items())),
+        "copies": {op: opcodes[op] for op in COPY_OPCODES if opcodes[op]},
+    }
 
 
 def short_name(demangled: str) -> str:
-    """A kernel's name and template arguments, without result, parameters and namespaces."""
+    """A kernel's name and template arguments in the words of the sources, and nothing else.
+
+    "sm80::attention_kernel<bfloat16, int8, none, 128, 64>": those of traits are the kernel's.
+    """
     name = re.sub(r"^void ", "", demangled)
-    depth, end = 0, len(name)
-    for i, letter in enumerate(name):
-        depth += (letter == "<") - (letter == ">")
-        if letter == "(" and depth == 0:
-            end = i
-            break
-    return name[:end].replace("permattn::", "")
+    name = name.replace("(anonymous namespace)::", "").replace("permattn::", "")
+    name = re.sub(r"\(Dtype\)(\d)", lambda m: DTYPES[int(m[1])], name)
+    name = re.sub(r"\(Format\)(\d)", lambda m: FORMATS[int(m[1])], name)
+    name = name[: name.find("(")]
+    return re.sub(r"<\w+::\w*Traits<(.*)> >$", r"<\1>", name)
 
 
 def _run(command: Iterable[object]) -> str:

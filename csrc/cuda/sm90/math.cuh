@@ -238,6 +238,12 @@ class Math {
         finish_keys(sum, score);
         tile = &books_.tiles[ring_];
         exponentiate<T>(args_, rows_, half_, *tile, score, state_.high, by, weight);
+        // ptxas moves exponentials behind a wait for products unless a block of instructions ends
+        // between them. This wait is long over, and ends one. Where products of small numbers have
+        // registers of their own there are none left for it.
+        if constexpr (!T::kQuantisedPv) {
+          ptx::mbarrier_wait(books_.barriers + T::kFullV + last.stage, last.parity);
+        }
         ptx::wgmma_wait<0>();
         finish_values(last);
         weight_[0] = weight[0];

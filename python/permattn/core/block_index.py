@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from permattn.core.list_kernels import kernels_for
+
 
 @dataclass(frozen=True, eq=False)
 class BlockIndex:
@@ -99,6 +101,11 @@ class BlockIndex:
         while mask.dim() < 4:
             mask = mask[None]
         mask = mask.bool()
+        kernels = kernels_for(mask)
+        if kernels is not None:
+            most = mask.shape[2] * mask.shape[3]
+            most = most if capacity is None else min(capacity, most)
+            return cls(*kernels.compact(mask, full, most), block_q, block_kv)
         column = torch.arange(mask.shape[-1], device=mask.device, dtype=torch.int32)
         num_full = mask.sum(-1, dtype=torch.int32)
         if not full:
@@ -204,6 +211,12 @@ class BlockIndex:
             shape = self.kv_indices.shape[:2]
             zeros = self.kv_indices.new_zeros(*shape, num_kv_blocks + 1)
             return BlockIndex(self.kv_indices, zeros, zeros[..., 1:], self.block_kv, self.block_q)
+        kernels = kernels_for(self.kv_indices)
+        if kernels is not None:
+            given = self.kv_indices, self.row_offsets, self.kv_num_full
+            made = kernels.transpose(*given, num_kv_blocks)
+            if made is not None:
+                return BlockIndex(*made, self.block_kv, self.block_q)
         row = self.entry_row()
         full = self.entry_is_full()
         used = row < self.num_q_blocks

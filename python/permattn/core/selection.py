@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from permattn.core.block_index import BlockIndex
+from permattn.core.list_kernels import kernels_for
 from permattn.core.permutation import Permutation
 from permattn.core.plan import AttnPart, AttnPlan, TokenBand, ceil_div
 
@@ -36,6 +37,9 @@ def pooled_blocks(x: Tensor, block: int, token_of_slot: Tensor | None = None) ->
         raise ValueError(
             f"pooled_blocks: wants x [B, H, S, D] and block >= 1, got {list(x.shape)}, {block}"
         )
+    kernels = kernels_for(x)
+    if kernels is not None and (means := kernels.pool(x, block, token_of_slot)) is not None:
+        return means
     num_slots = x.shape[2] if token_of_slot is None else token_of_slot.shape[-1]
     num_blocks = ceil_div(num_slots, block)
     out = x.new_empty((*x.shape[:2], num_blocks, x.shape[3]), dtype=torch.float32)
@@ -106,11 +110,14 @@ def strongest_blocks(
     out = q_blocks.new_full((batch, hq, num_rows, max_blocks), -1, dtype=torch.int32)
     if max_blocks == 0 or num_kv == 0:
         return out
-    keys = k_blocks.mT * scale
+    keys, kernels = k_blocks.mT * scale, kernels_for(q_blocks)
     for i, end in row_chunks(batch * hq * num_kv, num_rows):
-        # The query heads of one key head lie side by side: no key block is repeated for them.
-        rows = q_blocks[:, :, i:end].unflatten(1, (hkv, hq // hkv)).flatten(2, 3)
-        score = (rows @ keys).unflatten(2, (hq // hkv, end - i)).flatten(1, 2)
+        if kernels is not None:
+            score = kernels.scores(q_blocks[:, :, i:end], k_blocks, scale)
+        else:
+            # The query heads of one key head lie side by side: no key block is repeated for them.
+            rows = q_blocks[:, :, i:end].unflatten(1, (hkv, hq // hkv)).flatten(2, 3)
+            score = (rows @ keys).unflatten(2, (hq // hkv, end - i)).flatten(1, 2)
         if allowed_start is not None:
             before = torch.arange(num_kv, device=score.device) < allowed_start[:, None, None, None]
             score = score.masked_fill(before, float("-inf"))
@@ -142,6 +149,9 @@ def strongest_of(
 
     Returns: int32 [B, Hq, n, max_blocks].
     """
+    kernels = kernels_for(score) if coverage is None and forced is None else None
+    if kernels is not None:
+        return kernels.strongest(score, allowed_stop, budget, max_blocks)
     num_kv = score.shape[-1]
     column = torch.arange(num_kv, device=score.device)
     score = score.masked_fill(column >= allowed_stop[..., None], float("-inf"))

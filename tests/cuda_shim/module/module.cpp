@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "cuda/attend.h"
 #include "cuda/sm80/dispatch.h"
 #include "cuda/sm80/traits.cuh"
+#include "cuda/sm90/estimate.h"
 #include "cuda/sm90/launch.h"
 #include "fixtures.h"
 
@@ -50,6 +53,22 @@ int64_t shared_bytes(const Config& config, Dtype dtype) {
                          });
   if (error != nullptr) throw std::invalid_argument(error);
   return shared;
+}
+
+// `spans`: (all, floats, logic, special) of LoopCode's three.
+py::dict sm90_step_cycles(Format qk, Format pv, int dim, int block_n, int tiles,
+                          const std::array<std::array<int32_t, 4>, 3>& spans) {
+  if (sm90::tile_shape(qk, pv, dim, block_n).block_n == 0) {
+    throw std::invalid_argument("sm90: no kernel for these formats, head dim and keys");
+  }
+  const auto issued = [&](int i) {
+    return sm90::Issued{spans[i][0], spans[i][1], spans[i][2], spans[i][3]};
+  };
+  const sm90::StepCycles c =
+      sm90::step_cycles(qk, pv, dim, block_n, tiles, {issued(0), issued(1), issued(2)});
+  return py::dict(py::arg("products") = c.products, py::arg("shared") = c.shared,
+                  py::arg("instructions") = c.instructions, py::arg("l2") = c.l2,
+                  py::arg("alone") = c.alone, py::arg("bound") = c.bound());
 }
 
 template <int kRowBytes>
@@ -171,6 +190,7 @@ PYBIND11_MODULE(permattn_cuda_shim, m) {
     return cuda::select_config(s);
   });
   m.def("shared_bytes", &shared_bytes);
+  m.def("sm90_step_cycles", &sm90_step_cycles);
   m.def("shared_limit", &cuda::shared_limit);
   m.def("attend", &attend);
   m.def("panel_offset", [](int row_bytes, int row, int byte) {

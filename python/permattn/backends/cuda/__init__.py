@@ -9,7 +9,11 @@ from permattn.backends.cuda.attention import (
     why_not,
 )
 from permattn.backends.cuda.device import NAME, describe
+from permattn.backends.cuda.lists import CudaLists
 from permattn.backends.cuda.probe import probe, why_not_probe
+from permattn.core import list_kernels
+
+list_kernels.register(CudaLists())
 
 __all__ = [
     "NAME",

@@ -258,12 +258,13 @@ class _Maker:
         stop = torch.where(mine[:, None], (-(-last // BLOCK)).to(device)[:, None], 0)
         budget = (stream.each("blocks") * stream.flag("seeks_blocks"))[:, 0]
         shares = [1.0 if h.coverage is None else h.coverage for h in stream.heads]
+        ends_early = any(share < 1.0 for share in shares)
         chosen = strongest_blocks(
             pooled_blocks(q, BLOCK, q_token),
             pooled_blocks(k, BLOCK, kv_token),
             allowed_stop=stop.expand(q.shape[0], -1, -1),
             budget=budget,
-            coverage=torch.tensor(shares, device=device),
+            coverage=torch.tensor(shares, device=device) if ends_early else None,
             max_blocks=min(stream.most("blocks", "seeks_blocks"), ceil_div(axis.size, BLOCK)),
             scale=q.shape[-1] ** -0.5,
             allowed_start=(axis.start[:, 0] // BLOCK).expand(q.shape[0]).to(device),
