@@ -57,7 +57,7 @@ TEMPLATES = {"sm80::": "sm80/kernel.cuh", "permute::": "permute/instantiate.cuh"
 SOURCES = {
     "index::probe_": "index/probe.cu",
     "index::": "index/index.cu",
-    "cuda::finish::": "sm80/finish.cu",
+    "cuda::finish_kernel": "sm80/finish.cu",
     "cuda::join_runs_kernel": "permute/instantiations/join_runs.cu",
 }
 

@@ -3,7 +3,6 @@
 #include "../primitives/numbers.cuh"
 
 namespace permattn::cuda {
-namespace finish {
 
 constexpr int kThreads = 256;
 
@@ -48,15 +47,11 @@ PERMATTN_GLOBAL void __launch_bounds__(kThreads)
   }
 }
 
-}  // namespace finish
-
 const char* launch_finish(const FinishArgs& args, void* stream) {
   if (args.rows == 0 || args.head_dim_v == 0) return nullptr;
-  if (args.head_dim_v % finish::kColumns != 0)
-    return "finish: wants head dims that are multiples of 8";
-  const int64_t chunks = args.rows * (args.head_dim_v / finish::kColumns);
-  const int64_t blocks = (chunks + finish::kThreads - 1) / finish::kThreads;
-  return launch(finish::finish_kernel, blocks, finish::kThreads, 0, stream, args);
+  if (args.head_dim_v % kColumns != 0) return "finish: wants head dims that are multiples of 8";
+  const int64_t chunks = args.rows * (args.head_dim_v / kColumns);
+  return launch(finish_kernel, (chunks + kThreads - 1) / kThreads, kThreads, 0, stream, args);
 }
 
 }  // namespace permattn::cuda

@@ -18,7 +18,7 @@ void add_attention_16(Registry& registry) {
   registry.add(kKernel<Dtype::kBFloat16, 96, 128>);
   registry.add(kKernel<Dtype::kFloat16, 128, 64>);
   registry.add(kKernel<Dtype::kBFloat16, 256, 64>);
-  registry.add(&permattn::cuda::finish::finish_kernel);
+  registry.add(&permattn::cuda::finish_kernel);
 }
 
 }  // namespace replay
