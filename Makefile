@@ -52,7 +52,7 @@ bench: $(VENV)/.installed ## Checks, then times permattn against torch; writes b
 	$(BIN)/python -m bench.run $(ARGS)
 	$(BIN)/python -m bench.docs
 
-gpu: ## Runs the CUDA suite from this tree as it lies (no install, no network; PYTHON must have torch).
+gpu: ## Runs the GPU suite from this tree as it lies (no install, no network; see ARGS=--help).
 	$(PYTHON) bench/gpu.py $(ARGS)
 
 wheel: $(VENV)/.torch ## Builds the wheel into dist, with CUDA kernels for every device where nvcc is found (minutes).

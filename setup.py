@@ -19,6 +19,7 @@ Environment:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -129,6 +130,14 @@ def cxx_sources(nvcc: Nvcc | None) -> list[Path]:
 
 def cuda_sources() -> list[Path]:
     return sorted((CSRC / "cuda").rglob("*.cu"))
+
+
+def sources_sha256() -> str:
+    """Of every source of the library: by it `make gpu` knows what it runs."""
+    made = hashlib.sha256()
+    for path in sorted(p for p in CSRC.rglob("*") if p.is_file()):
+        made.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
+    return made.hexdigest()
 
 
 def compile_flags() -> list[str]:
@@ -430,6 +439,7 @@ class BuildNative(build_ext):
             folders = {ROOT / "python" / "permattn"}
             if not report["built"]:
                 (ROOT / "python" / "permattn" / "_native.so").unlink(missing_ok=True)
+        report["sources"] = sources_sha256()
         for folder in folders:
             (folder / "_native_build.json").write_text(json.dumps(report, indent=1) + "\n")
 

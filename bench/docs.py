@@ -2,7 +2,8 @@
 
 docs/performance.md is written whole. In README.md and docs/, only what stands between markers is:
 `<!-- bench: cpu.jsonl/CASE/goals/NAME/value .1f -->7.3<!-- /bench -->` for a number of a results
-file, and `<!-- bench: table -->` ... `<!-- /bench -->` for the table of speed-ups.
+file, and `<!-- bench: table -->` ... `<!-- /bench -->` for the table of speed-ups; `kernels on
+hardware` for that of bench.hardware.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.gpu_record import records
+from bench.hardware import hardware_table
+from bench.kernel_groups import hashes
 from bench.machine import ROOT, threads_text
 from bench.pages import performance_page, speed_table
 from bench.results import load
@@ -65,10 +69,11 @@ def prose() -> list[Path]:
 
 def fill(text: str, results: Path) -> str:
     """Replaces what stands between markers by what the results say."""
+    tables = {"table": headline, "kernels on hardware": on_hardware}
 
     def one(match: re.Match[str]) -> str:
         what = match["what"].strip()
-        value = f"\n{headline(results)}\n" if what == "table" else look_up(what, results)
+        value = f"\n{tables[what](results)}\n" if what in tables else look_up(what, results)
         return f"{match[1]}{value}{match[4]}"
 
     return _MARK.sub(one, text)
@@ -83,6 +88,11 @@ def headline(results: Path) -> str:
             where = f"{facts['cpu'].split(' (')[0]}, {threads_text(facts['threads'])}"
             return f"{where}, {facts['isa']}:\n\n{speed_table(rows)}"
     return speed_table([])
+
+
+def on_hardware(results: Path) -> str:
+    """Which kernels have run on hardware, and which have changed since."""
+    return hardware_table(records(results / "gpu"), hashes())
 
 
 def look_up(what: str, results: Path) -> str:

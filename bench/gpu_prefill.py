@@ -7,8 +7,6 @@ wrong or failing result of our own is.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench import baselines
 from bench.contenders import video_marks, video_segments
 from bench.gate import sample_rows, visible_rows
+from bench.gpu_clock import Clock
 from bench.heads import recall
 from bench.planners import GRID_5, LAYER, LINES_8, FlexPrefill, Planner, XAttention
 from bench.plans import Dense
@@ -265,27 +264,8 @@ def ratios(
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Median of samples; as many as fit the budget, 2 to 15, after one call to warm up."""
-    call()
-    times = [_once(call), _once(call)]
-    while len(times) < 15 and sum(times) < BUDGET_MS:
-        times.append(_once(call))
-    return statistics.median(times)
-
-
-def _once(call: Callable[[], object]) -> float:
-    if DEVICE.type != "cuda":
-        begin = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - begin)
-    # Nothing of the last call is left in the L2 cache.
-    torch.empty(64 << 20, dtype=torch.int32, device=DEVICE).zero_()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop)
+    """Median of samples; as many as fit the budget, 3 to 15."""
+    return Clock(DEVICE, BUDGET_MS / 1e3, wanted=15)(call).ms
 
 
 def _probe(layer: Layer) -> Attend:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.bilevel_pages import bilevel_section, gpu_bilevel
+from bench.bilevel_pages import bilevel_section
+from bench.gpu_pages import gpu_pages
+from bench.gpu_record import newest_by_device, records
 from bench.machine import threads_text
 from bench.registry import CASES, PLANNERS, TARGETS
 from bench.results import Row, break_even, load
@@ -67,10 +69,7 @@ def performance_page(results: Path) -> str:
         parts += _one_thread(single)
     if (results / "bilevel.json").exists():
         parts.append(bilevel_section(json.loads((results / "bilevel.json").read_text())))
-    for path in sorted(results.glob("gpu-*.json")):
-        parts.append(_gpu(json.loads(path.read_text(encoding="utf-8"))))
-    if not list(results.glob("gpu-*.json")):
-        parts.append("## GPU\n\nNot yet run on hardware: run `make gpu` where there is a GPU.\n")
+    parts += gpu_pages(newest_by_device(records(results / "gpu")))
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -232,85 +231,6 @@ def _machine(rows: Sequence[Row]) -> str:
     commits = sorted({row.commit + (" with local changes" if row.dirty else "") for row in rows})
     days = sorted({row.utc[:10] for row in rows})
     return f"{'; '.join(facts)}. Commit {', '.join(commits)}; measured {', '.join(days)} (UTC)."
-
-
-def _gpu(report: dict[str, Any]) -> str:
-    """One GPU's report, as bench/gpu.py wrote it."""
-    facts = report["machine"]
-    lines = [
-        f"## GPU: {facts['device']}\n",
-        f"Driver {facts.get('driver', '?')}, torch {facts['torch']}, "
-        f"triton {facts.get('triton', '?')}, clocks {facts.get('clocks', '?')}. "
-        f"Commit {report['commit']}; measured {report['utc'][:10]} (UTC).\n",
-        "| section | result |",
-        "|---|---|",
-    ]
-    for name, section in report["sections"].items():
-        lines.append(f"| {name} | {'passed' if section['ok'] else 'failed: ' + section['error']} |")
-    timing = report["sections"].get("timing", {}).get("data", [])
-    if timing:
-        lines += ["", "| case | contender | ms | TFLOP/s | over SDPA |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {x['case']} | {x['run']} | {x['ms']:.4g} | {x['tflops']:.1f} "
-            f"| {x['over_sdpa']:.2f}x |"
-            for x in timing
-        ]
-    for name, section in report["sections"].items():
-        if name.startswith("prefill ") and section["data"]:
-            lines += _gpu_prefill(section["data"])
-        if name.startswith("paro ") and isinstance(section["data"], dict):
-            lines += _gpu_paro(name, section["data"])
-        if name == "bilevel" and isinstance(section["data"], dict):
-            lines += gpu_bilevel(section["data"])
-    return "\n".join(lines) + "\n"
-
-
-def _gpu_prefill(data: dict[str, Any]) -> Iterable[str]:
-    """One length: what was aimed at, our planners itemised, and what others did."""
-    yield f"\n### Prefill of {data['tokens']} tokens ({data['shape']})\n"
-    yield from _gpu_ratios(data["ratios"])
-    yield (
-        "\n| planner or kernel | listed | recall, mean (worst) | plan, ms | attend, ms | both, ms "
-        "| TFLOP/s | peak, GB |\n|---|---|---|---|---|---|---|---|"
-    )
-    for run in (*data["ours"], *data["others"]):
-        if "why_not" in run:
-            yield f"| {run['run']} | {run['why_not']} | | | | | | |"
-            continue
-        listed = f"{100 * run['density']:.1f} %" if "density" in run else ""
-        kept = f"{100 * run['recall']:.1f} % ({100 * run['least_recall']:.1f} %)" if listed else ""
-        times = [f"{run[x]:.4g}" if x in run else "" for x in ("plan_ms", "attend_ms", "ms")]
-        rate = f"{run['tflops']:.1f}" if "tflops" in run else ""
-        peak = f"{run['peak_gb']:.1f}" if "peak_gb" in run else ""
-        yield "| " + " | ".join((run["run"], listed, kept, *times, rate, peak)) + " |"
-
-
-def _gpu_ratios(ratios: dict[str, dict[str, Any]]) -> Iterable[str]:
-    yield "| ratio | measured | target |\n|---|---|---|"
-    for name, goal in ratios.items():
-        target = ""
-        if goal["target"] is not None:
-            missed = (goal["value"] > goal["target"]) == goal["at_most"]
-            sign = "at most" if goal["at_most"] else "at least"
-            target = f"{sign} {goal['target']:g}{', **missed**' if missed else ''}"
-        yield f"| {name} | {goal['value']:.3g} | {target} |"
-
-
-def _gpu_paro(name: str, data: dict[str, Any]) -> Iterable[str]:
-    """One layer of a video model in every format; the targets are the paper's, of bf16."""
-    yield f"\n### {name} ({data['shape']})\n"
-    yield from _gpu_ratios(data["ratios"])
-    yield (
-        "\n| run | ms | TFLOP/s | permute and quantise, ms | column statistics, ms |\n"
-        "|---|---|---|---|---|"
-    )
-    for run in (*data["ours"], *data["others"]):
-        if "why_not" in run:
-            yield f"| {run['run']} | {run['why_not']} | | | |"
-            continue
-        times = [f"{run[x]:.4g}" if x in run else "" for x in ("prepare_ms", "statistics_ms")]
-        rate = f"{run['tflops']:.1f}" if "tflops" in run else ""
-        yield "| " + " | ".join((run["run"], f"{run['ms']:.4g}", rate, *times)) + " |"
 
 
 def _order(row: Row) -> int:

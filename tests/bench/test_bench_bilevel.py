@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import bilevel, bilevel_model, gpu_bilevel, gpu_prefill
+from bench import bilevel, bilevel_model, gpu_bilevel, gpu_prefill, gpu_record
 from bench.bilevel_baselines import STAGES, Stage, attends, gather
 from bench.bilevel_pages import bilevel_section
 from bench.bilevel_pages import gpu_bilevel as gpu_page
@@ -100,13 +99,11 @@ def test_the_gpu_suite_runs_as_far_as_it_can_here(on_cpu, monkeypatch, tmp_path)
     names = set(data["ratios"])
     assert "small: forward over compulsory traffic" in names and "small: both over gather" in names
     assert "| small | routing | ours |" in "\n".join(gpu_page(data))
-    report = {
-        "machine": {"device": "a GPU", "torch": "2"},
-        "commit": "abc",
-        "utc": "2026-01-01T00:00:00",
-        "sections": {"bilevel": {"ok": True, "error": "", "data": data}},
-    }
-    (tmp_path / "gpu-x.json").write_text(json.dumps(report))
+    section = gpu_record.Section("bilevel", "triton", "passed", "", 1.0, 60.0, data)
+    facts = {"utc": "2026-01-01T00:00:00", "device": "a GPU", "cc": [9, 0], "driver": "1"}
+    facts |= {"cuda_runtime": "13.0", "torch": "2", "triton": "3", "python": "3", "argv": ""}
+    run = gpu_record.Record(False, "abc", False, **facts, sections=[section])
+    gpu_record.write(run, tmp_path / "gpu")
     assert "compulsory traffic" in performance_page(tmp_path)
 
 

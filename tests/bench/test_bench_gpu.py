@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu, gpu_paro, gpu_prefill, gpu_sections
+from bench import (
+    gpu,
+    gpu_cases,
+    gpu_machine,
+    gpu_plan,
+    gpu_prefill,
+    gpu_record,
+    gpu_sections,
+    gpu_suite,
+    gpu_supervisor,
+    kernel_groups,
+)
 from bench.pages import performance_page
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "backends"))
+from cuda_on_cpu import shim_path  # noqa: E402, F401
 
 # An interpreter that has torch and pytest, but no installed permattn.
 BARE = """
@@ -30,33 +48,21 @@ else:
 sys.path.insert(0, {tree!r} + "/bench")
 import gpu
 gpu.use_tree()
-import permattn, permattn.triton_kernels, bench.gpu_sections, bench.gpu_prefill, bench.gpu_paro
+import permattn, permattn.triton_kernels, bench.gpu_plan, bench.gpu_record, bench.kernel_groups
 print(permattn.__file__)
 print(permattn.triton_kernels.__file__)
-print("triton" in sys.modules)
+print(sorted({{"triton", "pydantic", "typer"}} & set(sys.modules)))
 """
 
 
-@pytest.fixture
-def on_cpu(monkeypatch):
-    monkeypatch.setattr(gpu_sections, "DEVICE", torch.device("cpu"))
-
-
-def test_gradients_and_determinism_run(on_cpu):
-    data = gpu_sections.gradients("reference")
-    assert [x["case"] for x in data][:3] == ["bf16-dq", "bf16-dk", "bf16-dv"]
-
-
-def test_correctness_runs_and_goes_red(on_cpu, monkeypatch):
-    few = gpu_sections._cases()[::23]
-    monkeypatch.setattr(gpu_sections, "_cases", lambda: few)
-    assert len(gpu_sections.correctness("reference")) == len(few)
-    real = gpu_sections.permattn.sparse_attention
-    monkeypatch.setattr(
-        gpu_sections.permattn, "sparse_attention", lambda *a, **k: 1.01 * real(*a, **k)
-    )
-    with pytest.raises(AssertionError, match="wrong"):
-        gpu_sections.correctness("reference")
+def page_of(name: str, data: object, folder: Path) -> str:
+    """docs/performance.md of one section."""
+    section = gpu_record.Section(name, "cuda", "passed", "", 1.0, 60.0, data)
+    facts = {"utc": "2026-01-02T03:04:05", "device": "Card", "cc": [9, 0], "driver": "1"}
+    facts |= {"cuda_runtime": "13.0", "torch": "2", "triton": "3", "python": "3", "argv": ""}
+    made = gpu_record.Record(False, "abc", False, **facts, sections=[section])
+    gpu_record.write(made, folder / "gpu")
+    return performance_page(folder)
 
 
 @pytest.fixture
@@ -80,11 +86,8 @@ def test_a_prefill_is_itemised(prefill_on_cpu, tmp_path):
     assert others["sdpa-flash"]["tflops"] > 0
     assert others["flash-attn-3"]["why_not"].startswith("ModuleNotFoundError")
     assert "grid attention over SDPA flash" in data["ratios"]
-    report = {"machine": {"device": "Card", "torch": "2"}, "commit": "abc", "utc": "2026-01-02T"}
-    report["sections"] = {"prefill 32k": {"ok": True, "error": "", "data": data}}
-    (tmp_path / "gpu-card.json").write_text(json.dumps(report))
-    page = performance_page(tmp_path)
-    assert "### Prefill of 1000 tokens (4/2 heads, D = 64, bf16)" in page
+    page = page_of("prefill 32k", data, tmp_path)
+    assert "### cuda prefill 32k: prefill of 1000 tokens (4/2 heads, D = 64, bf16)" in page
     assert "| flash-attn-3 | ModuleNotFoundError" in page and "| layer |" in page
 
 
@@ -105,40 +108,6 @@ def test_another_kernel_that_fails_is_data(prefill_on_cpu, monkeypatch):
     data = prefill_on_cpu()
     assert data["others"][0] == {"run": "sdpa-flash", "why_not": "OutOfMemoryError: no room"}
     assert list(data["ratios"]) == ["planning over attention, grid"]
-
-
-@pytest.fixture
-def paro_on_cpu(monkeypatch):
-    monkeypatch.setattr(gpu_paro, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(gpu_prefill, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(gpu_prefill, "BUDGET_MS", 0.0)
-    tiny = gpu_paro.Layer((3, 8, 9), 6, 64, text=20)
-    monkeypatch.setattr(gpu_paro, "LAYERS", {"tiny": tiny})
-
-
-def test_a_paro_layer_is_itemised(paro_on_cpu, tmp_path):
-    data = gpu_paro.timing("cpu", "tiny", (0.5, 0.3))
-    assert json.loads(json.dumps(data)) == data
-    assert [x["run"] for x in data["ours"]][:2] == ["50% bf16", "50% int8"]
-    for run in data["ours"]:
-        assert ("prepare_ms" in run) == ("bf16" not in run["run"])
-    others = {x["run"]: x for x in data["others"]}
-    assert others["sageattention"]["why_not"].startswith("ModuleNotFoundError")
-    assert data["ratios"]["30% bf16 over SDPA flash"]["target"] == 2.71
-    report = {"machine": {"device": "Card", "torch": "2"}, "commit": "abc", "utc": "2026-01-02T"}
-    report["sections"] = {"paro tiny": {"ok": True, "error": "", "data": data}}
-    (tmp_path / "gpu-card.json").write_text(json.dumps(report))
-    page = performance_page(tmp_path)
-    assert "### paro tiny (236 tokens, 6 heads, D = 64, bf16)" in page
-    assert "| 50% int8+int8 |" in page
-
-
-def test_paro_correctness_runs_and_goes_red(paro_on_cpu, monkeypatch):
-    monkeypatch.setattr(gpu_paro, "FORMATS", ("int8+int8",))
-    assert [x["case"] for x in gpu_paro.correctness("cpu")] == ["int8+int8-d64", "int8+int8-d128"]
-    monkeypatch.setattr(gpu_paro, "attend", lambda b, q, k, v, plan: lambda: 1.05 * v)
-    with pytest.raises(AssertionError, match="differ from the reference"):
-        gpu_paro.correctness("cpu")
 
 
 def runs_at(num_tokens: int) -> dict:
@@ -162,16 +131,6 @@ def test_ratios_and_targets_of_a_million_tokens():
     assert short["planning over attention, grid"]["target"] is None
 
 
-def test_a_failing_section_becomes_data():
-    def broken() -> None:
-        raise RuntimeError("no such kernel\nand more")
-
-    result = gpu.run_section("broken", broken)
-    assert result["ok"] is False
-    assert result["error"] == "RuntimeError: no such kernel"
-    assert json.dumps(result)
-
-
 def test_the_tree_alone_is_enough(tmp_path):
     tree = tmp_path / "tree"
     for folder in ("bench", "python", "triton_kernels"):
@@ -183,8 +142,9 @@ def test_the_tree_alone_is_enough(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    package, kernels, _ = done.stdout.splitlines()
+    package, kernels, loaded = done.stdout.splitlines()
     assert Path(package) == tree / "python" / "permattn" / "__init__.py"
+    assert loaded == "[]", "a GPU machine need not have these"
     assert Path(kernels) == tree / "triton_kernels" / "__init__.py"
 
 
@@ -192,3 +152,151 @@ def test_the_tree_alone_is_enough(tmp_path):
 def test_without_a_gpu_it_says_so_and_fails(capsys):
     assert gpu.main([]) == gpu.NO_GPU
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_it_ends_within_its_time():
+    """Budgets are limits of what hangs; the deadline of the whole run is the promise."""
+    assert gpu.parser().parse_args([]).minutes < 25
+    assert max(job.budget_s for job in gpu_plan.jobs()) <= 240
+    assert len({job.key for job in gpu_plan.jobs()}) == len(gpu_plan.jobs())
+
+
+def test_sections_are_chosen_by_name(capsys):
+    assert gpu.main(["--list", "--only", "rows", "--skip", "triton"]) == 0
+    assert capsys.readouterr().out.split()[2:] == ["cuda", "rows"]
+    with pytest.raises(SystemExit):
+        gpu.main(["--list", "--only", "nonsense"])
+    assert "no section has 'nonsense'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--library", "--wheel"])
+def test_a_library_that_is_not_there_is_named(option, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--rehearse", option, str(tmp_path / "x")])
+    assert f"{option}: no such file" in capsys.readouterr().err
+
+
+def test_kernels_of_a_wheel_are_taken_out_of_it(tmp_path):
+    wheel = tmp_path / "permattn-0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("permattn/_native.so", b"code")
+        archive.writestr("permattn/_native_build.json", "{}")
+    folder = tmp_path / "native"
+    folder.mkdir()
+    found = gpu_machine.find_library(None, wheel, folder)
+    assert (found.folder / "_native.so").read_bytes() == b"code"
+    assert found.sha256 == hashlib.sha256(b"code").hexdigest()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("permattn/x", "")
+    with pytest.raises(FileNotFoundError, match=r"holds no permattn/_native\.so"):
+        gpu_machine.find_library(None, wheel, folder)
+
+
+FAST = (
+    "device,conformance,attention,quantised,rows,lists,gradients,determinism,no host sync,large,"
+    "triton paro,ceilings,shape b,shape d,shape e-4k"
+)
+
+
+ITEMISED = {
+    *((x, y) for x in ("cuda", "triton") for y in ("mask", "plan", "total", "prepare", "kernel")),
+    ("sdpa-flash", "total"),
+}
+
+
+def test_a_rehearsal_runs_the_suite(tmp_path, shim_path):  # noqa: F811
+    """As `make gpu ARGS=--rehearse` does, in processes of its own; the whole takes longer."""
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--rehearse", "--only", FAST]
+    environment = os.environ | {"PERMATTN_CUDA_SHIM": shim_path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.json")
+    found = gpu_record.load(path)
+    assert found.rehearsal and gpu_record.records(tmp_path) == []
+    assert not found.suite.failed and found.suite.collected >= 14
+    assert all(case.ok for case in found.cases)
+    sections = {case.section for case in found.cases}
+    assert {"cuda attention sm80", "cuda quantised sm80", "cuda rows", "triton rows"} <= sections
+    assert found.section("cuda attention sm90").status == "skipped"
+    assert {(run.contender, run.what) for run in found.bench if run.ms} >= ITEMISED
+    assert {goal.backend for goal in found.goals} == {"cuda", "triton"}
+    assert found.ceilings["matmul_tflops"] > 0
+    assert len(list(tmp_path.glob("*.npz"))) == 1, "answers of the conformance probes"
+
+
+def test_a_wrong_kernel_fails_its_sections(monkeypatch, tmp_path):
+    """The same sections go red where results are off by a hundredth."""
+    made = gpu_suite.Suite(torch.device("cpu"), gpu_suite.Journal(tmp_path / "journal"))
+    made.rehearsal, made.stand_ins = True, {"triton": "reference"}
+    real = gpu_sections.sparse_attention_with_lse
+
+    def off(*args, **facts):
+        out, lse = real(*args, **facts)
+        return 1.01 * out, lse
+
+    jobs = {job.key: job for job in gpu_plan.jobs()}
+    monkeypatch.setattr(gpu_cases, "attention_cases", lambda backend: [])
+    gpu_suite.run_job(jobs["triton attention"], made)
+    assert made.journal.read()[-1]["status"] == "passed"
+    monkeypatch.setattr(gpu_sections, "sparse_attention_with_lse", off)
+    gpu_suite.run_job(jobs["triton attention"], made)
+    assert made.journal.read()[-1]["status"] == "failed"
+    assert "wrong" in made.journal.read()[-1]["why"]
+
+
+def setup_says() -> str:
+    """What setup.py's own function gives for this tree; running the file would build it."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    (made,) = [
+        x for x in tree.body if isinstance(x, ast.FunctionDef) and x.name == "sources_sha256"
+    ]
+    names = {"hashlib": hashlib, "CSRC": ROOT / "csrc"}
+    exec(compile(ast.Module([made], []), "setup.py", "exec"), names)
+    return names["sources_sha256"]()
+
+
+@pytest.mark.parametrize("sources", ["same", "other", "unknown"])
+def test_a_library_of_other_sources_vouches_for_nothing(sources, tmp_path, capsys):
+    report = {"same": {"sources": setup_says()}, "other": {"sources": "x"}, "unknown": {}}[sources]
+    (tmp_path / "_native_build.json").write_text(json.dumps(report))
+    found = gpu_machine.Found(tmp_path, "abc")
+    assert found.sources == sources
+    record = gpu.new_record(gpu.parser().parse_args(["--rehearse"]), [], found)
+    native = {group.name for group in kernel_groups.GROUPS if group.is_native}
+    assert native and (native <= set(record.kernels)) == (sources == "same")
+    assert set(record.kernels) >= set(kernel_groups.hashes()) - native
+    assert ("count for nothing" in capsys.readouterr().out) == (sources != "same")
+
+
+def test_a_record_is_gone_on_with(tmp_path, capsys):
+    """What ran is kept, what did not have its time runs again; another tree's record is refused."""
+
+    def section(name: str, status: str = "passed", why: str = "") -> gpu_record.Section:
+        return gpu_record.Section(name, "triton", status, why, 1.0, 60.0)
+
+    options = gpu.parser().parse_args(["--rehearse"])
+    library = gpu_machine.Found(None, "abc")
+    record = gpu.new_record(options, ["--first"], library)
+    done = [section("rows"), section("poison", "timed out", "took more than 1 s")]
+    record.sections = [*done, section("large", "skipped", gpu_record.NO_TIME)]
+    path = gpu_record.write(record, tmp_path)
+    again = gpu.new_record(options, ["--more", "x"], library)
+    found = gpu.continued(again, path)
+    assert found.sections == done and found.argv == "--first; --more x"
+    outcome = gpu_supervisor.Outcome([section("large")])
+    gpu.fill(found, replace(found), outcome)
+    assert [s.name for s in found.sections] == ["rows", "poison", "large"]
+    assert found.suite.passed == 2 and found.suite.failed == ["triton poison"]
+    for other, what in (
+        (gpu.new_record(options, [], gpu_machine.Found(None, "def")), "native library"),
+        (replace(again, kernels={}), "kernels"),
+    ):
+        with pytest.raises(SystemExit):
+            gpu.continued(other, path)
+        assert f"is of another {what}" in capsys.readouterr().err

@@ -55,8 +55,20 @@ inline void launch(unsigned grid, int32_t threads, size_t shared_bytes,
   }
 }
 
-// kernel(args) as every thread of a grid, recorded or run or both; what a thread did wrong, or
-// null.
+// As launch; what a thread did wrong, or null.
+inline const char* try_launch(unsigned grid, int32_t threads, size_t shared_bytes,
+                              const std::function<void()>& body) {
+  static std::string what;
+  try {
+    launch(grid, threads, shared_bytes, body);
+  } catch (const std::exception& error) {
+    what = error.what();
+    return what.c_str();
+  }
+  return nullptr;
+}
+
+// The same for kernel(args), which is recorded or run or both.
 template <class Args>
 const char* try_launch(void (*kernel)(Args), unsigned grid, int32_t threads, size_t shared_bytes,
                        const Args& args) {
@@ -66,14 +78,7 @@ const char* try_launch(void (*kernel)(Args), unsigned grid, int32_t threads, siz
                   sizeof(args));
   }
   if (!options.runs) return nullptr;
-  static std::string what;
-  try {
-    launch(grid, threads, shared_bytes, [&] { kernel(args); });
-  } catch (const std::exception& error) {
-    what = error.what();
-    return what.c_str();
-  }
-  return nullptr;
+  return try_launch(grid, threads, shared_bytes, [&] { kernel(args); });
 }
 
 }  // namespace shim
