@@ -24,11 +24,13 @@ inline shim::ThreadIdx threadIdx;
 // All threads that live.
 inline void __syncthreads() {
   shim::Block& b = *shim::block;
+  if (b.current->barriers++ == shim::options.left_out.barrier) return;
   if (++b.at_barrier < b.live) {
     shim::wait_for(&b.at_barrier);
     return;
   }
   b.at_barrier = 0;
+  shim::observe::threads_met();
   for (auto& fiber : b.fibers) {
     if (fiber.state == shim::State::kWaiting && fiber.waits_for == &b.at_barrier) shim::wake(fiber);
   }

@@ -27,7 +27,9 @@ void collective(uint32_t mask, A& argument, void (*apply)(A** lanes)) {
   for (int i = 0; i < 32; ++i) {
     if ((mask >> i & 1U) != 0) lanes[i] = static_cast<A*>(first[i].argument);
   }
+  observe::goes_on(-1);
   apply(lanes);
+  observe::goes_on(fiber.thread);
   warp.arrived = 0;
   for (int i = 0; i < 32; ++i) {
     if ((mask >> i & 1U) != 0 && i != fiber.lane) wake(first[i]);
@@ -72,7 +74,11 @@ inline uint32_t ballot(bool x) {
 }  // namespace shim
 
 inline void __syncwarp() {
-  struct Nothing {
-  } nothing;
-  shim::collective<Nothing>(~0U, nothing, [](Nothing**) {});
+  shim::Fiber& fiber = *shim::block->current;
+  if (fiber.warp_barriers++ == shim::options.left_out.warp_barrier) return;
+  struct Meeting {
+    int32_t warp;
+  } meeting{fiber.warp};
+  shim::collective<Meeting>(~0U, meeting,
+                            [](Meeting** lanes) { shim::observe::lanes_met(lanes[0]->warp); });
 }

@@ -10,16 +10,28 @@
 #include <string>
 #include <vector>
 
+#include "observe.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
 
 namespace shim {
 
+// The number, of those that every thread comes to, of what is passed over; -1: nothing is.
+struct LeftOut {
+  int32_t barrier = -1;       // __syncthreads
+  int32_t warp_barrier = -1;  // __syncwarp
+  int32_t wait = -1;          // cp.async.wait_group
+};
+
 struct Options {
   uint64_t seed = 1;      // of the schedule
   bool eager = false;     // cp.async lands when it is issued, not when it is waited for
   uint8_t poison = 0xFF;  // what shared memory holds at first: NaN as a float
+  bool records = false;   // launches are remembered
+  bool runs = true;       // and run
+  LeftOut left_out;
 };
 inline Options options;
 
@@ -40,6 +52,7 @@ struct Fiber {
   void* argument = nullptr;  // of the collective it waits at
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
+  int32_t barriers = 0, warp_barriers = 0, waits = 0;  // so far
   void* fake_stack = nullptr;
 };
 
@@ -178,7 +191,9 @@ inline void run_fibers() {
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, b.current->stack, kStackBytes);
 #endif
+    observe::goes_on(thread);
     permattn_shim_switch(&b.scheduler, b.current->stack_pointer);
+    observe::goes_on(-1);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif

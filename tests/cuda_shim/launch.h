@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "builtins.h"
+#include "record.h"
 
 namespace shim {
 
@@ -23,6 +24,7 @@ inline void launch(unsigned grid, int32_t threads, size_t shared_bytes,
   constexpr size_t kAlignment = 1024;
   gridDim = {grid, 1, 1};
   blockDim = {static_cast<unsigned>(threads), 1, 1};
+  observe::launch_begins();
   for (unsigned i = 0; i < grid; ++i) {
     Block now;
     block = &now;
@@ -42,7 +44,9 @@ inline void launch(unsigned grid, int32_t threads, size_t shared_bytes,
       start_fiber(now.fibers[t], t, stack_of(t));
       now.ready.push_back(t);
     }
+    observe::block_begins(static_cast<int32_t>(i), threads, now.shared, shared_bytes);
     run_fibers();
+    observe::block_ends();
     std::free(shared);
     block = nullptr;
     if (!now.fault.empty()) {
@@ -62,6 +66,19 @@ inline const char* try_launch(unsigned grid, int32_t threads, size_t shared_byte
     return what.c_str();
   }
   return nullptr;
+}
+
+// The same for kernel(args), which is recorded or run or both.
+template <class Args>
+const char* try_launch(void (*kernel)(Args), unsigned grid, int32_t threads, size_t shared_bytes,
+                       const Args& args) {
+  if (options.records) {
+    record_launch(symbol_of(reinterpret_cast<const void*>(kernel)).c_str(),
+                  static_cast<int32_t>(grid), threads, static_cast<int64_t>(shared_bytes), &args,
+                  sizeof(args));
+  }
+  if (!options.runs) return nullptr;
+  return try_launch(grid, threads, shared_bytes, [&] { kernel(args); });
 }
 
 }  // namespace shim

@@ -26,6 +26,7 @@ inline void count_conflicts(MatrixLoad** rows) {
 template <bool kTransposed>
 void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   check_shared(row, 16, "ldmatrix");
+  observe::reads(row, 16);
   MatrixLoad mine{static_cast<const char*>(row), r};
   collective<MatrixLoad>(~0U, mine, [](MatrixLoad** lanes) {
     for (int m = 0; m < 4; ++m) {

@@ -1,7 +1,11 @@
-// Launches of kernels that only hardware, or a simulator of its instructions, can run.
+// Launches as they were asked for, to be run by something else: a simulator of instructions, or
+// code that is compiled with checks. Kernels that cannot run here are always recorded.
 #pragma once
+#include <dlfcn.h>
+
 #include <cstdint>
 #include <functional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -9,7 +13,7 @@
 namespace shim {
 
 struct Recorded {
-  std::string kernel;  // which one, as its launcher names it
+  std::string kernel;  // its symbol, or what its launcher names it
   int32_t blocks, threads;
   int64_t shared_bytes;
   std::string parameters;  // bytes
@@ -20,6 +24,15 @@ inline std::vector<Recorded> recorded;
 inline std::function<void(const Recorded&)> run_launch;
 // Of the device that launches are made for.
 inline int32_t recorded_processors = 132;
+
+// What the linker calls a function that is visible outside of its library.
+inline std::string symbol_of(const void* function) {
+  Dl_info found{};
+  if (dladdr(function, &found) == 0 || found.dli_sname == nullptr || found.dli_saddr != function) {
+    throw std::logic_error("a kernel has no visible symbol");
+  }
+  return found.dli_sname;
+}
 
 inline void record_launch(const char* kernel, int32_t blocks, int32_t threads, int64_t shared_bytes,
                           const void* parameters, size_t parameter_bytes) {

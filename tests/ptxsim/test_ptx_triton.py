@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,16 @@ pytestmark = pytest.mark.skipif(
 CASES = {
     "attention/tails-causal-bfloat16": {"fwd_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"},
     "quantised/int8-int8": {"prepare_kernel", "fwd_kernel"},
-    "quantised/prologue": {"prepare_kernel", "fwd_kernel"},
-    "regions/seven-by-eleven": {"region_fwd_kernel", "region_dq_kernel", "region_dkdv_kernel"},
+    "quantised/prologue-across-heads": {"row_statistics_kernel", "prepare_kernel", "fwd_kernel"},
+    "regions/seven-by-eleven": {
+        *("region_fwd_kernel", "region_dq_kernel", "region_dkdv_kernel", "reverse_graph_kernel")
+    },
+    "forward/two-orders": {"fwd_kernel", "finish_kernel"},
+    "probe/one-row": {
+        *("probe_total_kernel", "probe_lse_kernel", "probe_mass_kernel", "probe_edge_kernel")
+    },
+    "mass/bfloat16": {"block_mass_kernel"},
+    "routes/tiny": {"region_mean_kernel", "route_kernel"},
 }
 # Of the barriers, waits and fences that run in the bf16 forward. What is left stands twice: one
 # fence covers K and V, and some barriers follow each other.
@@ -37,6 +46,14 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def test_every_kernel_has_a_case():
+    sources = (HERE.parents[1] / "triton_kernels").glob("*.py")
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    assert set(re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)) == set().union(
+        *CASES.values()
+    )
 
 
 @pytest.mark.parametrize("arch", [80, 90])

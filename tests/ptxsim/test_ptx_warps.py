@@ -187,6 +187,35 @@ def test_atomics(space: str):
     assert (out == [x.sum(), x.max()]).all()
 
 
+# Two warps. Each branch is a step of its own.
+SPLIT = "setp.lt.u32 %p1, $t, 32; @%p1 bra FIRST; {second} bra DONE; FIRST: {first} DONE:"
+READ, CHANGE = "ld.shared.b32 $o, [%r1];", "atom.shared.add.u32 $o, [%r1], 1;"
+
+
+def beside(first: str, second: str, before: str = "") -> np.ndarray:
+    lines = f"""
+        mov.u32 %r1, buffer; setp.eq.u32 %p2, $t, 0; @%p2 st.shared.b32 [%r1], 5; bar.sync 0;
+        {before} {SPLIT.format(first=first, second=second)}
+    """
+    return evaluate(lines, [], np.uint32, threads=64, shared=16)
+
+
+def test_what_atomics_left_is_read_by_all():
+    found = beside(READ, READ, before=f"{CHANGE} bar.sync 0;")
+    np.testing.assert_array_equal(found, np.full(64, 69))
+
+
+def test_atomics_do_not_race_with_each_other():
+    assert sorted(beside(CHANGE, CHANGE)) == list(range(5, 69))
+
+
+@pytest.mark.parametrize("before", ["", f"{CHANGE} bar.sync 0;"], ids=["first", "again"])
+@pytest.mark.parametrize("pair", [(READ, CHANGE), (CHANGE, READ)], ids=["reads", "changes"])
+def test_atomics_race_with_plain_accesses(pair, before):
+    with pytest.raises(ptxsim.SimulationError, match="shared race"):
+        beside(*pair, before=before)
+
+
 def test_several_blocks_run_apart():
     out = np.zeros((6, 64), np.uint32)
     body = """

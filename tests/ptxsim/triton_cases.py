@@ -20,14 +20,32 @@ from typing import Any
 
 import ptxsim
 import torch
+from permattn import sparse_attention_with_lse
+from permattn.core import AttnPlan
+from permattn.testing import assert_within, split_plan
 from triton_launches import simulated
+
+
+def check_forward(plan: AttnPlan, dim: int) -> None:
+    """Output and log-sum-exp alone, of one head in float16."""
+    from kernel_cases import HALF, Case, expected
+
+    case = Case("forward", lambda: plan, heads=1, dim=dim, dim_v=dim, dtype=HALF)
+    q, k, v, *_ = inputs = case.inputs(plan)
+    found = sparse_attention_with_lse(q, k, v, plan, scale=case.scale, backend="triton")
+    plain, exact = expected(plan, inputs, case.scale)
+    for name, value in zip(("out", "lse"), found, strict=True):
+        assert_within(value, plain[name], exact[name], name)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """(suite/name, check) of all shared cases."""
     import kernel_cases
+    import probe_cases
     import quantised_cases
     import region_cases
+    import test_block_mass
+    import test_routing
 
     for suite, module in (
         ("attention", kernel_cases),
@@ -36,6 +54,17 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     ):
         for case in module.CASES:
             yield f"{suite}/{case.name}", lambda m=module, c=case: m.check_case(c)
+    for probed in probe_cases.CASES:
+        yield f"probe/{probed.name}", lambda c=probed: probe_cases.check_case(c, "triton")
+    orders = split_plan(40, 50, heads=1, batch=1, seed=2)
+    yield "forward/two-orders", lambda: check_forward(orders, 32)
+    for mass in test_block_mass.CASES:
+        yield f"mass/{mass}", lambda c=mass: test_block_mass.test_masses_are_the_references(c)
+    for routed in test_routing.ROUTED:
+        yield (
+            f"routes/{routed[0]}",
+            lambda c=routed: test_routing.test_routes_are_the_references(*c),
+        )
 
 
 def run(name: str, check: Callable[[], None], arch: int, options: dict[str, Any]) -> dict[str, Any]:

@@ -24,8 +24,7 @@ from triton.runtime.jit import JITFunction
 
 # Shared cases, and the stand-in driver.
 TRITON_TESTS = Path(__file__).resolve().parents[1] / "triton"
-sys.path.insert(0, str(TRITON_TESTS))
-sys.path.insert(0, str(TRITON_TESTS / "aot"))
+sys.path[:0] = [str(TRITON_TESTS / "aot"), str(TRITON_TESTS), str(TRITON_TESTS / "interp_cases")]
 # Errors name lines of the kernels.
 os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "0")
 

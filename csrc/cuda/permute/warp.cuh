@@ -3,6 +3,9 @@
 #include <cstdint>
 
 #include "../primitives/platform.cuh"
+#if !defined(__CUDACC__)
+#include <atomic>
+#endif
 
 namespace permattn::permute {
 
@@ -40,9 +43,18 @@ inline int32_t shuffle_up(int32_t value, int32_t step) {
   const int32_t own = shim::block->current->lane;
   return shim::exchange(value, own < step ? own : own - step);
 }
-inline void raise_to(uint32_t* to, uint32_t value) { *to = *to < value ? value : *to; }
-inline void join_bits(uint32_t* to, uint32_t value) { *to |= value; }
-inline void add_to(uint32_t* to, uint32_t value) { *to += value; }
+inline void raise_to(uint32_t* to, uint32_t value) {
+  const std::atomic_ref<uint32_t> place(*to);
+  uint32_t was = place.load(std::memory_order_relaxed);
+  while (was < value && !place.compare_exchange_weak(was, value, std::memory_order_relaxed)) {
+  }
+}
+inline void join_bits(uint32_t* to, uint32_t value) {
+  std::atomic_ref<uint32_t>(*to).fetch_or(value, std::memory_order_relaxed);
+}
+inline void add_to(uint32_t* to, uint32_t value) {
+  std::atomic_ref<uint32_t>(*to).fetch_add(value, std::memory_order_relaxed);
+}
 inline int32_t count_bits(uint32_t x) { return __builtin_popcount(x); }
 
 #endif

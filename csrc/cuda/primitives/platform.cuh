@@ -17,7 +17,7 @@
 // Found by the include path of the tests; shipped libraries never compile this branch.
 #include "cuda_shim.h"
 
-#define PERMATTN_DEVICE inline
+#define PERMATTN_DEVICE SHIM_DEVICE
 #define PERMATTN_GLOBAL
 #define PERMATTN_DYNAMIC_SHARED(name) char* const name = shim::dynamic_shared()
 
@@ -51,8 +51,8 @@ const char* launch(void (*kernel)(Args), int64_t blocks, int32_t threads, int64_
   return cudaGetErrorString(error);
 #else
   static_cast<void>(stream);
-  return shim::try_launch(static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes),
-                          [&] { kernel(args); });
+  return shim::try_launch(kernel, static_cast<unsigned>(blocks), threads,
+                          static_cast<size_t>(shared_bytes), args);
 #endif
 }
 

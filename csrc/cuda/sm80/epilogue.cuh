@@ -22,9 +22,9 @@ PERMATTN_DEVICE void load_state(const AttentionArgs& args, int64_t head, const Q
       for (int j = 0; j < T::kColumnTiles; ++j) {
         const int32_t column = 8 * j + 2 * at.pair;
         const bool is_there = is_carried && column < args.head_dim_v;
-        const float* from = args.acc + row * args.head_dim_v + column;
-        state.acc[m][j][2 * half] = is_there ? from[0] : 0.0F;
-        state.acc[m][j][2 * half + 1] = is_there ? from[1] : 0.0F;
+        const int64_t place = row * args.head_dim_v + column;
+        state.acc[m][j][2 * half] = is_there ? args.acc[place] : 0.0F;
+        state.acc[m][j][2 * half + 1] = is_there ? args.acc[place + 1] : 0.0F;
       }
     }
   }

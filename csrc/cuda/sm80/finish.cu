@@ -3,7 +3,6 @@
 #include "../primitives/numbers.cuh"
 
 namespace permattn::cuda {
-namespace {
 
 constexpr int kThreads = 256;
 
@@ -47,8 +46,6 @@ PERMATTN_GLOBAL void __launch_bounds__(kThreads)
         total == 0.0F ? -__builtin_inff() : (args.high[row] + ptx::log2_approx(total)) * kLn2;
   }
 }
-
-}  // namespace
 
 const char* launch_finish(const FinishArgs& args, void* stream) {
   if (args.rows == 0 || args.head_dim_v == 0) return nullptr;

@@ -4,13 +4,12 @@
 
 #include <array>
 
-#include "cuda/config.h"
+#include "cuda/attend.h"
 #include "cuda/sm80/dispatch.h"
-#include "cuda/sm80/kernel.cuh"
+#include "cuda/sm80/traits.cuh"
 #include "cuda/sm90/estimate.h"
 #include "cuda/sm90/launch.h"
 #include "fixtures.h"
-#include "record.h"
 
 namespace py = pybind11;
 using namespace permattn;
@@ -34,25 +33,11 @@ IntView int_view(uintptr_t data, int64_t b, int64_t h, int64_t size) {
 }
 
 // Runs the kernel of a config as a grid of blocks; those for sm_90a are recorded in its place.
-int64_t attend(const AttentionArgs& args, const Config& config) {
-  int64_t shared = 0;
-  if (config.family == cuda::Family::kSm90) {
-    const char* error = sm90::launch_attend(args, config, nullptr);
-    if (error != nullptr) throw std::invalid_argument(error);
-    return sm90::shared_bytes(config, args.out_dtype);
-  }
-  const char* error = sm80::visit_kernel(
-      config, args.out_dtype,
-      [&]<Dtype kDtype, Format kQk, Format kPv, int kDim, int kRows>(
-          sm80::Kernel<kDtype, kQk, kPv, kDim, kRows>) -> const char* {
-        using T = sm80::Traits<kDtype, kQk, kPv, kDim, kRows>;
-        shared = T::kSharedBytes;
-        const auto grid = static_cast<unsigned>(args.batch * args.q_heads * args.num_tiles);
-        shim::launch(grid, T::kThreads, T::kSharedBytes, [&] { sm80::attention_kernel<T>(args); });
-        return nullptr;
-      });
-  if (error != nullptr) throw std::invalid_argument(error);
-  return shared;
+void attend(const AttentionArgs& args, const Config& config) {
+  const bool is_sm90 = config.family == cuda::Family::kSm90;
+  const char* error = is_sm90 ? sm90::launch_attend(args, config, nullptr)
+                              : sm80::launch_attend(args, config, nullptr);
+  if (error != nullptr) throw std::runtime_error(error);
 }
 
 // Shared memory of the kernel of a config, without running it.
@@ -255,6 +240,10 @@ PYBIND11_MODULE(permattn_cuda_shim, m) {
   m.def("set_options", [](uint64_t seed, bool eager) {
     shim::options.seed = seed;
     shim::options.eager = eager;
+  });
+  m.def("set_recording", [](bool records, bool runs) {
+    shim::options.records = records;
+    shim::options.runs = runs;
   });
   m.def("take_statistics", [] {
     const auto taken = std::pair(shim::statistics.matrix_loads, shim::statistics.bank_conflicts);

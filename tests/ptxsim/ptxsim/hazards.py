@@ -41,18 +41,18 @@ class Hazards:
         self.readers = np.empty((self.length, self.agents), np.int32)
         self.in_use = np.empty(self.length, np.int16)  # asynchronous reads under way
         self.by_async = np.empty(self.length, np.bool_)
-        self.atomic = np.empty(self.length, np.bool_)
+        self.atomics: np.ndarray | None = None  # as readers; made when there is one
         self.clock = np.empty((blocks * self.agents, self.agents), np.int32)
         self.own_fence = np.empty_like(self.clock)
         self.reset()
 
     def reset(self) -> None:
         self.writer[:], self.moment[:], self.fenced[:] = NOT_WRITTEN, 0, 0
-        self.readers[:], self.in_use[:], self.by_async[:], self.atomic[:] = 0, 0, False, False
+        self.readers[:], self.in_use[:], self.by_async[:], self.atomics = 0, 0, False, None
         self.clock[:], self.own_fence[:] = 0, 0
         agents = np.arange(len(self.clock))
         self.clock[agents, agents % self.agents] = 1
-        self.num_in_use, self.any_atomic = 0, False
+        self.num_in_use = 0
 
     def granules(self, flat: np.ndarray, size: int) -> tuple[np.ndarray, int]:
         """Granules of accesses of `size` bytes, one after the other, and how many each has."""
@@ -87,8 +87,8 @@ class Hazards:
         writer, moment = self._check_written(instruction, index, who)
         if by_async_proxy and self.proxy_fence:
             self._check_fence(instruction, index, who, writer, moment)
-        if self.any_atomic and self.atomic[index].any():
-            self._check_readers(instruction, index[self.atomic[index]], who[self.atomic[index]])
+        if self.atomics is not None:
+            self._check_known(instruction, index, who, self.atomics, "reads", "changes atomically")
         local = who % self.agents
         self.readers[index, local] = self.clock[who, local]
 
@@ -124,14 +124,22 @@ class Hazards:
                 f"{self._name(writer[at])} wrote, without fence.proxy.async between",
             )
 
-    def _check_readers(self, instruction: Instruction, index: np.ndarray, who: np.ndarray) -> None:
-        unknown = self.readers[index] > self.clock[who]
+    def _check_known(
+        self,
+        instruction: Instruction,
+        index: np.ndarray,
+        who: np.ndarray,
+        moments: np.ndarray,
+        does: str,
+        did: str,
+    ) -> None:
+        unknown = moments[index] > self.clock[who]
         if unknown.any():
             at, other = (int(x) for x in np.argwhere(unknown)[0])
             raise fault(
                 instruction,
-                f"shared race: {self._name(who[at] % self.agents)} overwrites "
-                f"{self._place(index[at])} that {self._name(other)} reads, with no barrier between",
+                f"shared race: {self._name(who[at] % self.agents)} {does} "
+                f"{self._place(index[at])} that {self._name(other)} {did}, with no barrier between",
             )
 
     def check_write(
@@ -162,7 +170,10 @@ class Hazards:
                 instruction,
                 f"write to {self._place(index[at])}, which a wgmma or a bulk store in flight reads",
             )
-        self._check_readers(instruction, index, who)
+        self._check_known(instruction, index, who, self.readers, "overwrites", "reads")
+        if self.atomics is not None:
+            did = "changes atomically"
+            self._check_known(instruction, index, who, self.atomics, "overwrites", did)
         return index, who
 
     def write(
@@ -175,8 +186,6 @@ class Hazards:
         self.writer[index] = local
         self.moment[index] = (self.clock if clock is None else clock)[who, local]
         self.fenced[index], self.by_async[index] = 0, False
-        if self.any_atomic:
-            self.atomic[index] = False
 
     def start_copy(
         self, instruction: Instruction, flat: np.ndarray, size: int, agent: np.ndarray
@@ -201,12 +210,12 @@ class Hazards:
         """Atomics conflict with plain accesses but not with each other."""
         index, count = self.granules(flat, size)
         who = self._spread(agent, count)
-        plain = ~self.atomic[index]
-        self._check_readers(instruction, index[plain], who[plain])
+        self._check_known(instruction, index, who, self.readers, "changes", "reads")
         self._check_written(instruction, index, who)
+        if self.atomics is None:
+            self.atomics = np.zeros_like(self.readers)
         local = who % self.agents
-        self.readers[index, local] = self.clock[who, local]
-        self.atomic[index], self.any_atomic = True, True
+        self.atomics[index, local] = self.clock[who, local]
 
     def start_use(self, index: np.ndarray) -> None:
         """An asynchronous read (wgmma, bulk store) of distinct granules begins."""
