@@ -284,12 +284,26 @@ def expected(
     return plain, exact
 
 
+def cancelled(inputs: list[Tensor], scale: float) -> dict[str, float]:
+    """Size of p * (dp - delta) before it cancels, as where one key holds all mass. A rounding of it
+    shows in float32; in 16 bits it is far below one of the result.
+    """
+    q, k, v, dout, _ = (x.float() for x in inputs)
+    if inputs[0].dtype != SINGLE or v.numel() == 0:
+        return {}
+    dp = dout @ v.repeat_interleave(q.shape[1] // v.shape[1], 1).mT
+    size = scale * float(dp.abs().max())
+    return {"dq": abs(size) * float(k.abs().max()), "dk": abs(size) * float(q.abs().max())}
+
+
 def check_case(case: Case, device: str = "cpu") -> None:
     """Forward, lse and gradients within the float64 bound."""
     plan = case.plan()
     inputs = case.inputs(plan, device)
     plain, exact = expected(plan, inputs, case.scale)
     ours = run_kernels(plan.to(device), inputs, case.scale)
+    sizes = cancelled(inputs, case.scale)
     for name, value in ours.items():
         assert value.shape == exact[name].shape, name
-        assert_within(value, plain[name], exact[name], f"{case.name} {name}")
+        what = f"{case.name} {name}"
+        assert_within(value, plain[name], exact[name], what, cancelled=sizes.get(name, 0.0))
