@@ -32,9 +32,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE.parent / "cuda_shim"), str(HERE.parent / "build")]
 
-import fake_tools  # noqa: E402
-
 import build  # noqa: E402
+import fake_tools  # noqa: E402
 
 TABLE = HERE / "machine_code.json"
 ARCHS = ("80", "86", "89", "90a", "120a")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import build
 import pytest
 import recorded_cases
 import replays
 from recorded_cases import recorded, shim_path  # noqa: F401
-
-import build
 
 WHY_NOT = build.why_no_program("races")
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))

@@ -15,11 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import build
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import build
 
 
 @dataclass(frozen=True)
