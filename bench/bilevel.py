@@ -14,12 +14,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from permattn import route_regions
 from permattn.testing import float64_bound
-from rich.console import Console
 from torch import Tensor
 
 from bench.bilevel_baselines import STAGES, Attend, Stage, attends, gather
@@ -28,6 +27,9 @@ from bench.digits import rounded
 from bench.docs import RESULTS
 from bench.machine import ROOT, commit, describe, utc_now
 from bench.memory import peak_gb
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PATH = RESULTS / "bilevel.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -55,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.stage and len(stages) < len(set(args.stage)):
         parser.error(f"--stage: wants any of {[s.name for s in STAGES]}, got {args.stage}")
     parts = args.only or PARTS
+    # `make gpu` imports this module where only torch is installed.
+    from rich.console import Console
+
     console = Console()
     found = json.loads(PATH.read_text()) if PATH.exists() else {}
     head, dirty = commit()

@@ -204,6 +204,21 @@ ITEMISED = {
 }
 
 
+def test_the_suite_needs_torch_and_triton_alone():
+    """Every section's module, as on a device where nothing else is installed."""
+    extras = ("rich", "typer", "pydantic", "matplotlib", "pytest", "hypothesis", "transformers")
+    lines = (
+        "import runpy, sys",
+        f"sys.modules.update(dict.fromkeys({extras!r}))",
+        "sys.argv = ['gpu.py', '--list']",
+        f"runpy.run_path({str(ROOT / 'bench' / 'gpu.py')!r}, run_name='__main__')",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(gpu_plan.jobs())
+
+
 def test_a_rehearsal_runs_the_suite(tmp_path, shim_path):  # noqa: F811
     """As `make gpu ARGS=--rehearse` does, in processes of its own; the whole takes longer."""
     command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--rehearse", "--only", FAST]
