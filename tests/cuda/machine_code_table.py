@@ -25,6 +25,7 @@ from typing import NoReturn
 import machine_code
 import machine_code_page
 import main_loop
+import sm80_estimate
 import sm90_estimate
 from machine_code import Row
 
@@ -229,6 +230,7 @@ def write_table(rows: list[Row], release: str) -> None:
     head = f'{{"nvcc": "{release}", "columns": {json.dumps(COLUMNS)}, "rows": [\n'
     TABLE.write_text(head + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
     machine_code_page.write(ROOT, release, rows)
+    sm80_estimate.write(ROOT, build.module())
     sm90_estimate.write(ROOT, build.module(), rows)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import main_loop
 from machine_code import Row
+from marked_pages import replaced, table
 
-PAGE = Path("docs/numerics.md")
-BEGIN, END = "<!-- sm90 estimate: begin -->\n", "<!-- sm90 estimate: end -->\n"
+PAGE, MARK = Path("docs/numerics.md"), "sm90 estimate"
 # (Q K^T, P V) and head dims that there are kernels for.
 KERNELS = tuple(
     (qk, pv, dim)
@@ -64,7 +64,7 @@ def step(
 def block(shim: ModuleType, rows: list[Row]) -> str:
     """The table, as docs has it."""
     head = ["Q K^T", "P V", "head dim", "blocks", "keys", *UNITS, "share", "bound by", "beside"]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines: list[list[object]] = []
     for qk, pv, dim in KERNELS:
         same = keys_of_tile(shim, qk, pv, dim, 128) == keys_of_tile(shim, qk, pv, dim, 64)
         for name, block_size, tiles in PATTERNS[1:] if same else PATTERNS:
@@ -75,17 +75,11 @@ def block(shim: ModuleType, rows: list[Row]) -> str:
             last = [share, found["by"], f"{100 * found['beside']:.0f} %"]
             words = ["16 bit" if x == "none" else x for x in (qk, pv)]
             cells = [*words, dim, name, found["keys"], *(found[u] for u in UNITS)]
-            lines.append("| " + " | ".join(map(str, [*cells, *last])) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def replaced(page: str, text: str) -> str:
-    """The page with `text` between the marks."""
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + text + END + rest.split(END)[1]
+            lines.append([*cells, *last])
+    return table(head, lines)
 
 
 def write(root: Path, shim: ModuleType, rows: list[Row]) -> None:
     page = root / PAGE
-    text = replaced(page.read_text(encoding="utf-8"), block(shim, rows))
+    text = replaced(page.read_text(encoding="utf-8"), MARK, block(shim, rows))
     page.write_text(text, encoding="utf-8")

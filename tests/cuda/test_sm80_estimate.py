@@ -2,68 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
+import sm80_estimate
 from kernel_cases import BRAIN, Case
 from launches import Call, attend
+from machine_code_table import ROOT
+from marked_pages import replaced
 from permattn.core import QuantSpec
 from permattn.core.plan import AttnPlan
 from permattn.patterns.dense import plan_dense
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 BYTES_OF_MATRIX = 128
 KEYS = 256
-PROGRAM = """
-#include "cuda/sm80/estimate.h"
-#include <cstdio>
-#include <cstdlib>
-using namespace permattn;
-int main(int, char** a) {
-  const int capability = std::atoi(a[1]), dim = std::atoi(a[4]), rows = std::atoi(a[5]);
-  const auto qk = Format(std::atoi(a[2])), pv = Format(std::atoi(a[3]));
-  const auto shape = sm80::tile_shape(qk, pv, dim, rows);
-  const auto c = sm80::tile_cycles(capability, qk, pv, dim, rows);
-  std::printf("%d %d %d %d %d %d %d %d %d\\n", shape.block_n, shape.q_in_registers,
-              sm80::row_bytes(qk, dim), sm80::bytes_read(qk, pv, dim, rows), c.products, c.shared,
-              c.exponentials, c.floats, c.bound());
-}
-"""
-FORMATS = ("none", "int8", "int4", "fp8")
-FACTS = (
-    "block_n",
-    "q_in_registers",
-    "q_row",
-    "read",
-    "products",
-    "shared",
-    "exps",
-    "floats",
-    "bound",
-)
 
 
-@pytest.fixture(scope="module")
-def estimate(tmp_path_factory):
-    """estimate(capability, qk, pv, dim, rows) -> its numbers by name."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is not installed")
-    folder = tmp_path_factory.mktemp("estimate")
-    (folder / "main.cpp").write_text(PROGRAM)
-    command = [compiler, "-std=c++20", f"-I{CSRC}", "-o", folder / "main", folder / "main.cpp"]
-    subprocess.run(command, check=True)
-
-    def run(capability: int, qk: str, pv: str, dim: int, rows: int) -> dict[str, int]:
-        numbers = (capability, FORMATS.index(qk), FORMATS.index(pv), dim, rows)
-        done = subprocess.run(
-            [folder / "main", *map(str, numbers)], check=True, capture_output=True, text=True
-        )
-        return dict(zip(FACTS, map(int, done.stdout.split()), strict=True))
-
-    return run
+def cycles_of(shim, capability: int, qk: str, pv: str, dim: int, rows: int) -> dict[str, int]:
+    formats = getattr(shim.Format, qk), getattr(shim.Format, pv)
+    return shim.sm80_tile_cycles(capability, *formats, dim, rows)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +33,7 @@ def estimate(tmp_path_factory):
     ],
     ids=str,
 )
-def test_a_run_reads_what_the_estimate_says(shim, estimate, qk, pv, dim, rows):
+def test_a_run_reads_what_the_estimate_says(shim, qk, pv, dim, rows):
     made = plan_dense(rows, KEYS, causal=False, block_q=rows, block_kv=64)
     plan = AttnPlan(made.parts, QuantSpec(qk, pv))
     case = Case("x", lambda: plan, heads=1, dim=dim, dim_v=dim, dtype=BRAIN)
@@ -86,18 +41,28 @@ def test_a_run_reads_what_the_estimate_says(shim, estimate, qk, pv, dim, rows):
     shim.take_statistics()
     attend(shim, Call(q, k, v, plan, 0.1))
     loads, _ = shim.take_statistics()
-    facts = estimate(80, qk, pv, dim, rows)
-    wanted = facts["read"] * KEYS // facts["block_n"]
+    facts = cycles_of(shim, 80, qk, pv, dim, rows)
+    wanted = facts["read"] * KEYS // facts["keys"]
     if facts["q_in_registers"]:
         wanted += rows * facts["q_row"]
     assert loads * BYTES_OF_MATRIX == wanted
 
 
-def test_what_bounds_a_tile(estimate):
+def test_what_bounds_a_tile(shim):
     """Of an A100, sixteen-bit tiles are bound by products, wide heads by shared memory."""
-    facts = estimate(80, "none", "none", 128, 128)
+    facts = cycles_of(shim, 80, "none", "none", 128, 128)
     # 128 x 32 scores: 128 products each for Q K^T, and as many for P V, with 8 for the sum.
     assert facts["products"] == 128 * 32 * (128 + 136) // 1024 == facts["bound"]
-    assert facts["exps"] == 128 * 32 // 16
-    assert estimate(80, "none", "none", 256, 64)["bound"] > facts["products"]
-    assert estimate(89, "none", "none", 128, 128)["products"] == 4 * facts["products"]
+    assert facts["exponentials"] == 128 * 32 // 16
+    assert cycles_of(shim, 80, "none", "none", 256, 64)["bound"] > facts["products"]
+    assert cycles_of(shim, 89, "none", "none", 128, 128)["products"] == 4 * facts["products"]
+
+
+def test_a_shape_without_a_kernel_is_refused(shim):
+    with pytest.raises(ValueError, match="no kernel"):
+        cycles_of(shim, 80, "int8", "int8", 256, 64)
+
+
+def test_the_page_has_the_tables_numbers(shim):
+    page = (ROOT / sm80_estimate.PAGE).read_text(encoding="utf-8")
+    assert page == replaced(page, sm80_estimate.MARK, sm80_estimate.block(shim))

@@ -8,6 +8,7 @@ import machine_code_table
 import main_loop
 import pytest
 import sm90_estimate
+from marked_pages import replaced
 
 ROWS = [row for row in machine_code_table.read_table()[1].values() if row["loop"]]
 HALVES = 2
@@ -78,7 +79,7 @@ def test_a_shape_without_a_kernel_is_refused(shim):
 
 def test_the_page_has_the_tables_numbers(shim):
     page = (machine_code_table.ROOT / sm90_estimate.PAGE).read_text(encoding="utf-8")
-    assert page == sm90_estimate.replaced(page, sm90_estimate.block(shim, ROWS))
+    assert page == replaced(page, sm90_estimate.MARK, sm90_estimate.block(shim, ROWS))
 
 
 # The loop in a disassembly

@@ -7,6 +7,7 @@
 #include "cuda/attend.h"
 #include "cuda/sm80/dispatch.h"
 #include "cuda/sm80/traits.cuh"
+#include "cuda/sm80/estimate.h"
 #include "cuda/sm90/estimate.h"
 #include "cuda/sm90/launch.h"
 #include "fixtures.h"
@@ -53,6 +54,20 @@ int64_t shared_bytes(const Config& config, Dtype dtype) {
                          });
   if (error != nullptr) throw std::invalid_argument(error);
   return shared;
+}
+
+py::dict sm80_tile_cycles(int capability, Format qk, Format pv, int dim, int rows) {
+  const sm80::TileShape shape = sm80::tile_shape(qk, pv, dim, rows);
+  if (shape.block_m == 0 || !sm80::has_kernel(qk, pv)) {
+    throw std::invalid_argument("sm80: no kernel for these formats, head dim and rows");
+  }
+  const sm80::TileCycles c = sm80::tile_cycles(capability, qk, pv, dim, rows);
+  return py::dict(py::arg("keys") = shape.block_n, py::arg("q_in_registers") = shape.q_in_registers,
+                  py::arg("q_row") = sm80::row_bytes(qk, dim),
+                  py::arg("read") = sm80::bytes_read(qk, pv, dim, rows),
+                  py::arg("products") = c.products, py::arg("shared") = c.shared,
+                  py::arg("exponentials") = c.exponentials, py::arg("floats") = c.floats,
+                  py::arg("bound") = c.bound());
 }
 
 // `spans`: (all, floats, logic, special) of LoopCode's three.
@@ -190,6 +205,7 @@ PYBIND11_MODULE(permattn_cuda_shim, m) {
     return cuda::select_config(s);
   });
   m.def("shared_bytes", &shared_bytes);
+  m.def("sm80_tile_cycles", &sm80_tile_cycles);
   m.def("sm90_step_cycles", &sm90_step_cycles);
   m.def("shared_limit", &cuda::shared_limit);
   m.def("attend", &attend);
