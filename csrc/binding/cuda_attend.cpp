@@ -220,8 +220,7 @@ void raise(const char* why, const Config& c) {
   STD_TORCH_CHECK(why == nullptr, "cuda_attend: ", why, " (sm",
                   c.family == cuda::Family::kSm80 ? 80 : 90, " kernel, head dim ", c.dim, ", tile ",
                   c.block_m, " x ", c.block_n, ", ", c.warps, " warps, ", c.stages,
-                  " stages, formats ", static_cast<int32_t>(c.qk), " and ",
-                  static_cast<int32_t>(c.pv), ")");
+                  " stages, qk = ", name_of(c.qk), ", pv = ", name_of(c.pv), ")");
 }
 
 // Fills `order` on the device; both tensors may go once that is launched, as memory is reused in

@@ -115,6 +115,11 @@ inline Format format_of(int64_t number, const char* name) {
   return static_cast<Format>(number);
 }
 
+inline const char* name_of(Format format) {
+  constexpr const char* kNames[] = {"none", "int8", "int4", "fp8"};
+  return kNames[static_cast<int32_t>(format)];
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace permattn::binding

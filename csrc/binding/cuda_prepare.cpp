@@ -120,7 +120,8 @@ void cuda_prepare(const Tensor& x, std::optional<Tensor> token_of_slot,
   const Launcher launcher(x);
   const std::optional<Tensor> stats = token_stats_of(p, x, launcher.stream());
   const char* why = cuda::launch_prepare(p, 0, launcher.stream());
-  STD_TORCH_CHECK(why == nullptr, "cuda_prepare: ", why);
+  STD_TORCH_CHECK(why == nullptr, "cuda_prepare: ", why, " (format ", name_of(p.format),
+                  ", head dim ", p.dim, ", ", p.rows_per_scale, " rows a scale)");
 }
 
 // See cpu_column_statistics.

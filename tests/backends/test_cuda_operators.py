@@ -11,7 +11,7 @@ from cuda_on_cpu import on_cpu, shim_path  # noqa: F401
 from permattn.backends import cuda, reference
 from permattn.backends.cuda import launch
 from permattn.backends.cuda.rows import make_rows
-from permattn.core import AttnPlan, Problem, QuantSpec, TokenBand
+from permattn.core import AttnPlan, BlockIndex, Problem, QuantSpec, TokenBand
 from permattn.core.packing import pack_plan
 from permattn.core.prepare import PrepareArgs
 from permattn.core.problem import FwdArgs
@@ -445,6 +445,60 @@ def test_fullgraph_with_a_dynamic_length(on_cpu):  # noqa: F811
         want = pa.sparse_attention(args.q * 2, args.k, args.v, args.plan, backend="cuda") + 1
         assert torch.equal(f(args.q, args.k, args.v, args.plan), want)
     assert graphs <= 2
+
+
+@pytest.fixture
+def refusing(shim_path):  # noqa: F811
+    """Makes a device say why to every launch, or lets it run again."""
+    import build
+
+    module = build.module()
+    yield module.refuse_launches
+    module.refuse_launches("")
+
+
+FORMATS_OF_PREPARE = r"\(format int8, head dim 64, 32 rows a scale\)"
+REFUSED = {
+    "sm80": (80, QuantSpec(), r"cuda_attend: .* \(sm80 kernel, head dim 64, tile 64 x 64, .*none"),
+    "sm90": (90, QuantSpec(), r"cuda_attend: .* \(sm90 kernel, head dim 64, tile 64 x 64, .*none"),
+    "rows": (80, QuantSpec("int8", "none", 32, 32), r"cuda_prepare: .* " + FORMATS_OF_PREPARE),
+}
+
+
+@pytest.mark.parametrize(("capability", "spec", "message"), REFUSED.values(), ids=list(REFUSED))
+def test_a_failed_launch_names_the_kernel_and_is_not_remembered(
+    on_cpu,  # noqa: F811
+    refusing,
+    capability,
+    spec,
+    message,
+):
+    on_cpu(capability)
+    # Keys of an order of their own would be moved first on 9.0.
+    plan = quantisable() if capability == 80 else random_plan(192, 200, heads=HQ)
+    args = arguments(plan, spec)
+    want = cuda.forward(args) if capability == 80 else None
+    refusing("too many resources requested for launch")
+    with pytest.raises(RuntimeError, match=message) as raised:
+        cuda.forward(args)
+    assert "too many resources requested for launch" in str(raised.value)
+    refusing("")
+    if want is None:
+        # What runs on the device alone is asked for without an error.
+        cuda.forward(args)
+        return
+    for a, b in zip(cuda.forward(args), want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_failed_launch_of_a_probe_or_of_lists_names_it(on_cpu, refusing):  # noqa: F811
+    q = torch.zeros(1, 1, 4, 64).bfloat16()
+    first, span = torch.tensor([0]).int(), torch.tensor([[0, 4]]).int()
+    refusing("no kernel image is available")
+    with pytest.raises(RuntimeError, match="cuda_probe: no kernel image is available"):
+        pa.probe.probe_mass(q, q, first_position=first, key_range=span, backend="cuda")
+    with pytest.raises(RuntimeError, match="cuda_compact: no kernel image is available"):
+        BlockIndex.from_block_mask(torch.ones(2, 2, dtype=torch.bool), 64, 64)
 
 
 def test_no_device_no_call(on_cpu, monkeypatch):  # noqa: F811

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from permattn import cli
+from permattn.backends import BACKENDS
 from permattn.cli import app
 
 REAL = "import sys; from permattn.cli import main; sys.exit(main())"
@@ -29,6 +30,14 @@ def test_a_real_process_prints_json():
     assert report["versions"]["permattn"] and report["versions"]["torch"]
     assert set(report["backends"]) == {"cuda", "triton", "cpu", "reference"}
     assert report["backends"]["reference"] is None
+
+
+def test_info_prints_reasons_as_they_are(monkeypatch, capsys):
+    """Extras stand in brackets, as markup does."""
+    why = "is not installed (pip install 'permattn[triton]')"
+    monkeypatch.setattr(BACKENDS["triton"], "why_not", lambda problem: why)
+    assert cli.main(["info"]) == 0
+    assert "permattn[triton]" in capsys.readouterr().out.replace("\n", "")
 
 
 @pytest.mark.parametrize("command", [[], ["info"], ["demo"]], ids=lambda c: c[0] if c else "root")

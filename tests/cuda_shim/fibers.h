@@ -32,8 +32,12 @@ struct Options {
   bool records = false;   // launches are remembered
   bool runs = true;       // and run
   LeftOut left_out;
+  std::string refusal;  // where it is not empty, launches fail and say so
 };
 inline Options options;
+
+// What a device answers to a launch, or null.
+inline const char* refusal() { return options.refusal.empty() ? nullptr : options.refusal.c_str(); }
 
 struct Copy {
   void* to;

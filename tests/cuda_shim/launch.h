@@ -72,6 +72,7 @@ inline const char* try_launch(unsigned grid, int32_t threads, size_t shared_byte
 template <class Args>
 const char* try_launch(void (*kernel)(Args), unsigned grid, int32_t threads, size_t shared_bytes,
                        const Args& args) {
+  if (refusal() != nullptr) return refusal();
   if (options.records) {
     record_launch(symbol_of(reinterpret_cast<const void*>(kernel)).c_str(),
                   static_cast<int32_t>(grid), threads, static_cast<int64_t>(shared_bytes), &args,

@@ -126,6 +126,7 @@ const char* launch(const AttentionArgs& args, const char* kernel, void* stream) 
   return launch_kernel<T>(made, blocks, stream);
 #else
   static_cast<void>(stream);
+  if (shim::refusal() != nullptr) return shim::refusal();
   shim::record_launch(kernel, blocks, kThreads, T::kSharedBytes, &made, sizeof(made));
   return nullptr;
 #endif

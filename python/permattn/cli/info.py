@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from permattn import __version__
@@ -238,7 +239,7 @@ def _print_machine(console: Console, report: dict[str, Any]) -> None:
     table.add_row("torch uses", cpu["torch_isa"])
     if not report["cuda"]:
         table.add_row("cuda", "no device")
-    table.add_row("cuda kernels", _cuda_kernels(report["cuda_kernels"]))
+    table.add_row("cuda kernels", escape(_cuda_kernels(report["cuda_kernels"])))
     for i, gpu in enumerate(report["cuda"]):
         gib = gpu["memory_bytes"] / 2**30
         table.add_row(f"cuda:{i}", f"{gpu['name']}, sm {gpu['capability']}, {gib:.0f} GiB")
@@ -265,7 +266,8 @@ def _print_backends(console: Console, backends: dict[str, str | None], question:
     table.add_column("can run")
     table.add_column("why not", overflow="fold")
     for name, why in backends.items():
-        table.add_row(name, "[green]yes[/]" if why is None else "[red]no[/]", why or "")
+        # A reason may name an extra in brackets, which are no markup.
+        table.add_row(name, "[green]yes[/]" if why is None else "[red]no[/]", escape(why or ""))
     console.print(table)
 
 

@@ -257,6 +257,7 @@ PYBIND11_MODULE(permattn_cuda_shim, m) {
     shim::options.seed = seed;
     shim::options.eager = eager;
   });
+  m.def("refuse_launches", [](const std::string& why) { shim::options.refusal = why; });
   m.def("set_recording", [](bool records, bool runs) {
     shim::options.records = records;
     shim::options.runs = runs;
