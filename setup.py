@@ -280,7 +280,9 @@ def cxx_commands(
     torch: Path, objects: Path, compiler: str, nvcc: Nvcc | None
 ) -> dict[Path, list[str]]:
     """Object file -> the command that makes it."""
-    include = ["-isystem", str(torch / "include")]
+    # Errors name the line that raised them: without folders of the building machine.
+    include = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch.parent}/="]
+    include += ["-isystem", str(torch / "include")]
     if nvcc:
         include += ["-isystem", str(nvcc.home / "include"), *nvcc.definitions()]
     commands = {}

@@ -49,6 +49,14 @@ def test_no_folder_of_the_building_machine_is_searched():
     assert not [line for line in readelf("-d") if re.search(r"RPATH|RUNPATH", line)]
 
 
+def test_messages_name_no_folder_of_the_building_machine():
+    """A check that fails names its line of the source."""
+    library = LIBRARY.read_bytes()
+    assert b"\0csrc/binding/cpu.cpp\0" in library
+    # By absolute path: what begins a string and ends in a source.
+    assert not re.findall(rb"\0(/[\w./+-]+\.(?:cpp|cuh?|h|hpp))\0", library)
+
+
 def test_torch_symbols_are_those_of_the_stable_interface(unresolved):
     of_torch = [name for name, _ in unresolved if "torch" in name or "c10" in name]
     assert len(of_torch) > 20
