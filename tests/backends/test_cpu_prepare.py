@@ -9,7 +9,7 @@ from permattn.core.prepare import PrepareArgs, smoothing_of
 from permattn.core.problem import FwdArgs
 from permattn.core.prologue import Prologue
 from permattn.patterns.dense import plan_dense
-from row_transforms import transform
+from row_cases import rows_of_every_size, transform
 
 pytestmark = pytest.mark.skipif(not cpu.available_isas(), reason=f"{cpu.load()}")
 
@@ -18,21 +18,6 @@ ISAS = tuple(x for x in cpu.available_isas() if x in ("portable", "avx2", "avx51
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("none", "int8", "int4", "fp8")
 dtype_id = {"ids": lambda x: str(x).removeprefix("torch.")}
-
-
-def rows_of_every_size(dtype, tokens=150, dim=64, heads=2):
-    """Groups that are zeros, tiny, huge, of one outlier, and ties of rounding."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, heads, tokens, dim, generator=g)
-    info = torch.finfo(dtype)
-    x[0, 0, :64] = 0.0
-    x[0, 0, 64:128] *= info.tiny / 4
-    x[0, 1, :64] *= info.max / 16
-    x[0, 1, 64:128, 3] = 1e4
-    x[1, 0, :64] = torch.randint(-254, 255, (64, dim), generator=g) / 2
-    x[1, 0, 0, 0] = 127.0
-    x[1, 1, :, 1] = 0.0
-    return x.clamp(-info.max, info.max).to(dtype)
 
 
 def assert_same_numbers(args, isa):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
 from cuda_on_cpu import on_cpu, one_thread, shim_path  # noqa: F401
-from row_transforms import transform
+from row_cases import rows_of_every_size, transform
 
 pytestmark = pytest.mark.usefixtures("on_cpu", "one_thread")
 
@@ -90,23 +90,6 @@ def layouts_of(fmt: str, dim: int, size: int) -> list[int]:
     if fmt != "none" and size % (32 if fmt == "int4" else 16) == 0:
         found.append(FRAGMENTS)
     return found
-
-
-def rows_of_every_size(dtype, dim, tokens=150, heads=2):
-    """Groups that are zeros, tiny, huge, of one outlier, and ties of rounding."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, heads, tokens, dim, generator=g)
-    info = torch.finfo(dtype)
-    x[0, 0, :64] = 0.0
-    x[0, 0, 64:128] *= info.tiny / 4
-    x[0, 1, :64] *= info.max / 16
-    x[0, 1, 64:128, 3] = 1e4
-    x[1, 0, :64] = torch.randint(-254, 255, (64, dim), generator=g) / 2
-    x[1, 0, 0, 0] = 127.0
-    x[1, 1, :, 1] = 0.0
-    if dtype != torch.float16:
-        x[1, 1, :64] *= 1e-31
-    return x.clamp(-info.max, info.max).to(dtype)
 
 
 CASES = [

@@ -1,4 +1,4 @@
-"""Row transforms that kernels which prepare rows are tried with."""
+"""Rows, and transforms of them, that kernels which prepare rows are tried with."""
 
 from __future__ import annotations
 
@@ -6,6 +6,26 @@ from collections.abc import Callable
 
 import torch
 from permattn.core.prologue import RowTransform
+from torch import Tensor
+
+
+def rows_of_every_size(
+    dtype: torch.dtype, dim: int = 64, tokens: int = 150, heads: int = 2
+) -> Tensor:
+    """Groups that are zeros, tiny, huge, of one outlier, and ties of rounding."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, heads, tokens, dim, generator=g)
+    info = torch.finfo(dtype)
+    x[0, 0, :64] = 0.0
+    x[0, 0, 64:128] *= info.tiny / 4
+    x[0, 1, :64] *= info.max / 16
+    x[0, 1, 64:128, 3] = 1e4
+    x[1, 0, :64] = torch.randint(-254, 255, (64, dim), generator=g) / 2
+    x[1, 0, 0, 0] = 127.0
+    x[1, 1, :, 1] = 0.0
+    if dtype != torch.float16:
+        x[1, 1, :64] *= 1e-31
+    return x.clamp(-info.max, info.max).to(dtype)
 
 
 def transform(
