@@ -180,17 +180,16 @@ void cuda_strongest(const Tensor& scores, std::optional<Tensor> stop, std::optio
   raise(cuda::launch_strongest(p, launcher.stream()), "cuda_strongest");
 }
 
-// q holds up to 64 rows of `all_rows`; diagonal is zeros on entry.
+// q holds some of `all_rows` rows; diagonal is zeros on entry.
 void cuda_probe(const Tensor& q, const Tensor& k, const Tensor& first_position,
                 const Tensor& first_coordinate, const Tensor& key_range,
                 std::optional<Tensor> order, std::optional<Tensor> skip, bool lse_is_given,
                 int64_t all_rows, const Tensor& lse, const Tensor& column, const Tensor& square,
                 const Tensor& diagonal) {
-  constexpr int64_t kMostRows = 64;
   const ProbeTensors x{q,         k,      first_position, first_coordinate,
                        key_range, order,  skip,           lse_is_given,
                        lse,       column, square,         diagonal};
-  ProbeParams p = probe_params_of(x, kMostRows);
+  ProbeParams p = probe_params_of(x, cuda::kMostProbeRows);
   STD_TORCH_CHECK(all_rows >= p.rows, "all_rows: wants at least ", p.rows, ", got ", all_rows);
   p.q = aligned_view_of(q, q, "q", p.batch, p.q_heads, p.rows, p.head_dim);
   p.k = aligned_view_of(k, q, "k", p.batch, p.kv_heads, p.skv, p.head_dim);

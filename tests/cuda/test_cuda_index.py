@@ -75,6 +75,30 @@ def test_lists_turn_as_the_core_turns_them(shape, density):
     assert_lists(found, index.transpose(shape[3]))
 
 
+WILD_OFFSETS = {
+    "past-the-capacity": [0, 4, 1 << 30],
+    "before-the-first": [-(1 << 30), 2, 4],
+    "shared-entries": [0, 4, 0, 4, 0, 4],
+    "descending": [4, 0, 4],
+}
+
+
+@pytest.mark.parametrize("offsets", WILD_OFFSETS.values(), ids=list(WILD_OFFSETS))
+def test_lists_that_were_not_checked_are_turned_inside_their_memory(offsets):
+    rows, columns = len(offsets) - 1, 5
+    entries = torch.tensor([[[0, 1, 4, 1 << 30]]], dtype=torch.int32)
+    full = torch.full((1, 1, rows), 1 << 30, dtype=torch.int32)
+    # What lies behind a result begins as -7 and must stay so.
+    places = [torch.full((1, 1, 64), -7, dtype=torch.int32) for _ in range(3)]
+    sizes = (entries.shape[-1], columns + 1, columns)
+    found = [place[..., :n] for place, n in zip(places, sizes, strict=True)]
+    given = torch.tensor([[offsets]], dtype=torch.int32)
+    ops().cuda_transpose(entries, given, full, *found)
+    for place, n in zip(places, sizes, strict=True):
+        assert bool((place[..., n:] == -7).all())
+    assert int(found[0].min()) >= 0 and int(found[0].max()) < rows
+
+
 @pytest.mark.parametrize("per_item", [1, 2], ids=["tiles", "pairs"])
 @pytest.mark.parametrize(
     ("batch", "heads", "units", "tiles_per_unit"),

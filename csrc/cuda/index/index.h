@@ -82,8 +82,9 @@ struct StrongestParams {
 };
 const char* launch_strongest(const StrongestParams& params, void* stream);
 
-// core.probe.ProbeMass over up to 64 rows, in bfloat16 or float16: lse (where it is not given),
-// column, square and diagonal, divided by `all_rows` where several launches add up.
+// core.probe.ProbeMass over up to so many rows, in bfloat16 or float16: lse (where it is not
+// given), column, square and diagonal, divided by `all_rows` where several launches add up.
+constexpr int32_t kMostProbeRows = 64;
 int64_t probe_scratch(const ProbeParams& params);  // floats
 const char* launch_probe(const ProbeParams& params, int64_t all_rows, float* scratch, void* stream);
 

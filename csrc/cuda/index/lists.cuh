@@ -1,6 +1,7 @@
 // Rows of bits or bytes turned into lists: counted, summed up, then written. Nothing depends on the
 // order in which blocks of threads run.
 #pragma once
+#include "../device/part_head.cuh"
 #include "../permute/warp.cuh"
 #include "index.h"
 
@@ -115,10 +116,14 @@ PERMATTN_DEVICE void set_pairs(const cuda::TransposeParams& p) {
   if (!at.is_there) return;
   const int32_t* offsets = p.row_offsets + at.head * (p.rows + 1) + at.row;
   const int64_t words = words_of(p.rows);
-  for (int32_t entry = offsets[0] + at.lane; entry < offsets[1]; entry += 32) {
+  // Nothing outside is read, whatever the offsets of an unchecked index are.
+  const auto capacity = static_cast<int32_t>(p.lists.capacity);
+  const int32_t begin = device::clamp(offsets[0], 0, capacity);
+  const int32_t end = device::clamp(offsets[1], begin, capacity);
+  for (int32_t entry = begin + at.lane; entry < end; entry += 32) {
     const int32_t column = p.indices[at.head * p.lists.capacity + entry];
     if (column < 0 || column >= p.columns) continue;
-    const int64_t is_partial = entry - offsets[0] < p.num_full[at.at] ? 0 : 1;
+    const int64_t is_partial = entry - begin < p.num_full[at.at] ? 0 : 1;
     const int64_t first = ((at.head * p.columns + column) * 2 + is_partial) * words;
     join_bits(p.scratch + first + at.row / 32, 1U << (at.row % 32));
   }
@@ -155,7 +160,8 @@ PERMATTN_DEVICE void list_pairs(const cuda::TransposeParams& p) {
     int32_t place = next + up_to - count_bits(own);
     const int64_t of_half = word < words / 2 ? word : word - words / 2;
     const auto row = static_cast<int32_t>(of_half * 32);
-    for (uint32_t left = own; left != 0; left &= left - 1U) {
+    // Rows of an unchecked index may share entries: more pairs than there is room for.
+    for (uint32_t left = own; left != 0 && place < p.lists.capacity; left &= left - 1U) {
       to[place++] = row + count_bits((left & (0U - left)) - 1U);
     }
     next += shuffle_from(up_to, 31);

@@ -6,10 +6,11 @@
 #include "../device/matrix_address.cuh"
 #include "../permute/warp.cuh"
 #include "../sm80/products.cuh"
+#include "index.h"
 
 namespace permattn::index {
 
-constexpr int kProbeRows = 64, kProbeKeys = 64;
+constexpr int kProbeRows = cuda::kMostProbeRows, kProbeKeys = 64;
 constexpr int kProbeThreads = 128, kProbeWarps = kProbeThreads / 32;
 // Coordinates of a block: enough to hide the start of one, few enough to fill a device at 32k keys.
 constexpr int32_t kProbeSplit = 1024;

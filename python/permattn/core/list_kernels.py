@@ -15,8 +15,8 @@ class ListKernels(Protocol):
         """Whether they run where x lies, in its dtype."""
 
     def compact(self, mask: Tensor, full: bool, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-        """kv_indices, row_offsets and kv_num_full of `BlockIndex.from_block_mask`, mask [.] of four
-        axes.
+        """kv_indices, row_offsets and kv_num_full of `BlockIndex.from_block_mask`; the mask has all
+        four axes.
         """
 
     def transpose(

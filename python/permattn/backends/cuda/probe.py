@@ -10,7 +10,7 @@ from permattn.backends.cuda import device
 from permattn.backends.cuda.rows import aligned
 from permattn.core.probe import Masses, ProbeArgs, ProbeProblem, empty_masses, probe_by_rows
 
-# csrc/cuda/index/probe.cuh: kProbeRows.
+# csrc/cuda/index/index.h: kMostProbeRows.
 MAX_ROWS = 64
 MAX_HEAD_DIM, HEAD_DIM_STEP = 256, 8
 
