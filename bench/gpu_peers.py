@@ -70,6 +70,13 @@ def _flash_attn_3(x: Inputs) -> Call:
     return lambda: flash_attn_func(q, k, v, causal=False)
 
 
+def _flash_attn_4(x: Inputs) -> Call:
+    from flash_attn.cute import flash_attn_func
+
+    q, k, v = x.by_token
+    return lambda: flash_attn_func(q, k, v, causal=False)
+
+
 def _flashinfer_dense(x: Inputs) -> Call:
     import flashinfer
 
@@ -141,6 +148,7 @@ DENSE: dict[str, tuple[Callable[[Inputs], Call], str]] = {
     "sdpa-efficient": (_sdpa("EFFICIENT_ATTENTION"), "bf16"),
     "flash-attn-2": (_flash_attn_2, "bf16"),
     "flash-attn-3": (_flash_attn_3, "bf16"),
+    "flash-attn-4": (_flash_attn_4, "bf16"),
     "flashinfer": (_flashinfer_dense, "bf16"),
     "sageattention": (_sage, "its own"),
 }
